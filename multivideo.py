@@ -1,0 +1,1713 @@
+"""The one helper that the trainers share: everything about many videos in one sample that has one right answer.
+
+Sections, in the order data flows: arguments, records, sampling and decoding, encoding, packing and attention, loading
+the model, order and prefetch, checkpoints. It knows nothing of objectives: losses, metrics and loops stay in the
+trainers.
+
+Shapes in the comments: B samples in a row, T tokens, N clips (videos and images), F frames, P patches, S supervised
+tokens, H attention heads, D head dimension.
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import datasets
+import ijson
+import numpy as np
+import pebble
+import torch
+import torch.nn.functional as F
+import transformers
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+
+# Qwen's reference numbers (qwen_vl_utils 0.0.14): frames per second, frames, tokens.
+FRAME_FACTOR = 2  # frames merged into one temporal patch: frame counts are multiples of it
+MAX_FRAMES = 768
+MAX_ASPECT_RATIO = 200
+IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS = 4, 16384  # bounds of smart_resize when nothing else is asked
+VIDEO_MAX_TOKENS_PER_FRAME = 768
+VIDEO_TOTAL_TOKENS = 128000 * 0.9  # one video never exceeds this many pixels / 28²
+
+# What differs between model families, in one place: model_type → do temporal positions follow a video's frame rate?
+FAMILIES = {"qwen2_vl": False, "qwen2_5_vl": True}
+
+
+# ------------------------------------------------------------------------------------------------------ 1. arguments
+
+
+def arg(default, help_text, **metadata):
+    """A dataclass field that HfArgumentParser shows with `help_text`; `aliases` and `choices` go to argparse."""
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+LR_SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup"]
+OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit",
+              "paged_adamw_32bit", "adafactor", "sgd"]  # fmt: skip
+STRATEGIES = ["no", "steps", "epoch"]
+
+
+@dataclass
+class TrainingArguments:
+    """Flags that every trainer takes. Lengths in tokens, sizes in pixels, times in seconds, steps of the optimizer."""
+
+    # model
+    model_id: str = arg("Qwen/Qwen2.5-VL-3B-Instruct", "Hub name or folder of a Qwen2-VL or Qwen2.5-VL model.")
+    cache_dir: str | None = arg(None, "Where hub downloads are kept (default: the hub's own cache).")
+    attn_implementation: str = arg(
+        "auto",
+        "Attention kernel for packed rows. auto: varlen on CUDA in half precision, else sdpa.",
+        choices=["auto", "varlen", "flash_attn", "sdpa"],
+    )
+    freeze_vision_tower: bool = arg(False, "Do not train the vision tower (its merger has its own flag).")
+    freeze_merger: bool = arg(False, "Do not train the merger between the vision tower and the language model.")
+    freeze_llm: bool = arg(False, "Do not train the language model, its embeddings and its head.")
+    unfreeze_topk_llm: int = arg(0, "With --freeze_llm: train the last K decoder layers all the same.")
+    unfreeze_topk_vision: int = arg(0, "With --freeze_vision_tower: train the last K tower blocks all the same.")
+    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass: less memory, ~30 % slower.")
+
+    # data
+    data_path: str | None = arg(None, "Training records: a .json, .jsonl or .parquet file, or a datasets name/folder.")
+    eval_path: str | None = arg(None, "Held-out records, same formats; without it there is no evaluation.")
+    image_folder: str | None = arg(
+        None,
+        "Folder that relative video and image paths start from (default: the data file's).",
+        aliases="--media_root",
+    )
+    eval_image_folder: str | None = arg(None, "The same for --eval_path (default: --image_folder).")
+    system_prompt: str | None = arg(None, "System message of records without one (default: the chat template's).")
+    max_seq_length: int = arg(32768, "Longest sample in tokens, visual tokens included; nothing is ever cut.")
+    on_long_sample: str = arg(
+        "error", "A sample over --max_seq_length: stop the run, or skip it and count it.", choices=["error", "skip"]
+    )
+    dataloader_num_workers: int = arg(4, "Decoding processes beside each training process; 0 decodes in the trainer.")
+
+    # sampling and sizes (Qwen's reference arithmetic; a record's own options win)
+    fps: float = arg(2.0, "Frames taken per second of video.")
+    nframes: int | None = arg(None, "Frames taken per video, instead of --fps; shorter videos give all they have.")
+    min_frames: int = arg(4, "Fewest frames per video under --fps (a multiple of 2); 4 is the reference.")
+    max_frames: int = arg(MAX_FRAMES, "Most frames per video under --fps.")
+    image_min_pixels: int = arg(3136, "Images with fewer pixels are scaled up to it.")
+    image_max_pixels: int = arg(12845056, "Images with more pixels are scaled down to it.")
+    video_min_pixels: int = arg(100352, "Video frames with fewer pixels are scaled up to it.")
+    video_max_pixels: int = arg(602112, "Video frames with more pixels are scaled down to it.")
+    image_resized_width: int | None = arg(None, "Width of every image, rounded to a multiple of 28.")
+    image_resized_height: int | None = arg(None, "Height of every image, rounded to a multiple of 28.")
+    video_resized_width: int | None = arg(None, "Width of every video frame, rounded to a multiple of 28.")
+    video_resized_height: int | None = arg(None, "Height of every video frame, rounded to a multiple of 28.")
+    max_video_tokens: int | None = arg(
+        None, "Most visual tokens per sample: resolution shrinks first, then frames; whole videos are always kept."
+    )
+
+    # optimisation
+    num_train_epochs: float = arg(3.0, "Passes over the data; a fraction is allowed.")
+    max_steps: int = arg(-1, "Optimizer steps, instead of --num_train_epochs.")
+    per_device_train_batch_size: int = arg(8, "Samples packed into one row, per process.")
+    per_device_eval_batch_size: int = arg(8, "The same in evaluation.")
+    gradient_accumulation_steps: int = arg(1, "Rows per optimizer step, per process.")
+    learning_rate: float = arg(5e-5, "Peak learning rate.")
+    vision_lr: float | None = arg(None, "Peak learning rate of the vision tower (default: --learning_rate).")
+    merger_lr: float | None = arg(None, "Peak learning rate of the merger (default: --learning_rate).")
+    weight_decay: float = arg(0.0, "Decoupled weight decay; biases and norms have none.")
+    adam_beta1: float = arg(0.9, "Decay of Adam's first moment.")
+    adam_beta2: float = arg(0.999, "Decay of Adam's second moment.")
+    adam_epsilon: float = arg(1e-8, "Adam's epsilon.")
+    optim: str = arg("adamw_torch", "Optimizer; *_8bit and paged_* come from bitsandbytes.", choices=OPTIMIZERS)
+    max_grad_norm: float = arg(1.0, "Gradients are clipped to this global norm; 0 switches clipping off.")
+    lr_scheduler_type: str = arg("linear", "Course of the learning rate after warm-up.", choices=LR_SCHEDULES)
+    warmup_ratio: float = arg(0.0, "Share of all steps in which the learning rate rises from 0.")
+    warmup_steps: int = arg(0, "The same in steps; wins over --warmup_ratio.")
+    max_bad_steps: int = arg(5, "Stop after this many steps in a row whose loss or gradient is not finite.")
+
+    # precision
+    bf16: bool = arg(False, "bf16 autocast: trained weights stay fp32, frozen ones are bf16.")
+    fp16: bool = arg(False, "fp16 autocast with a loss scaler: trained weights stay fp32, frozen ones are fp16.")
+    pure_bf16: bool = arg(False, "Everything in bf16, trained weights too: small learning rates then change nothing.")
+    tf32: bool = arg(True, "TF32 matrix products in fp32 on CUDA.")
+    seed: int = arg(42, "Seed of the record order and of all random numbers.")
+
+    # evaluation, checkpoints, logs
+    output_dir: str = arg("output", "Everything a run writes goes here.")
+    eval_strategy: str | None = arg(
+        None, "When to evaluate (default: each epoch if --eval_path is given).", choices=STRATEGIES,
+        aliases="--evaluation_strategy",
+    )  # fmt: skip
+    eval_steps: int | None = arg(None, "Steps between evaluations (default: --logging_steps).")
+    save_strategy: str = arg("steps", "When to write checkpoint-N.", choices=STRATEGIES)
+    save_steps: int = arg(500, "Steps between checkpoints.")
+    save_total_limit: int | None = arg(None, "Keep only this many checkpoints, the best one always among them.")
+    load_best_model_at_end: bool = arg(False, "The final model is the best checkpoint's, not the last step's.")
+    metric_for_best_model: str = arg("eval_loss", "Metric of an evaluation that decides which one is best.")
+    greater_is_better: bool = arg(False, "Whether a higher --metric_for_best_model is better.")
+    early_stopping_patience: int = arg(0, "Stop after this many evaluations without improvement; 0: never.")
+    early_stopping_threshold: float = arg(0.0, "An improvement must exceed this to count for early stopping.")
+    resume_from_checkpoint: str | None = arg(None, "auto (or True): the newest complete checkpoint; or its path.")
+    logging_steps: int = arg(10, "Steps between lines sent to --report_to (metrics.jsonl has every step).")
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "Trackers: tensorboard, wandb, …, all or none."}
+    )
+    run_name: str | None = arg(None, "Name of the run in the trackers.")
+
+
+# Flags that people bring along from 2U1/Qwen2-VL-Finetune or the HF Trainer, and what takes their place here.
+ADAPTERS_ANSWER = "adapters and quantised weights are not supported: train full weights, or freeze parts of the model"
+REPLACED_FLAGS = {
+    **dict.fromkeys(["deepspeed", "fsdp", "fsdp_config"], "say it to the launcher: accelerate launch --config_file "
+                    "accelerate_configs/… train_sft.py"),
+    **dict.fromkeys(["local_rank", "local-rank"], "start with accelerate launch, which needs no rank flag"),
+    **dict.fromkeys(["use_liger", "use_liger_kernel"], "drop it: only supervised positions reach the output head"),
+    **dict.fromkeys(["disable_flash_attn2", "disable_flash_attention"], "use --attn_implementation sdpa"),
+    "image_max_pixles": "spelled --image_max_pixels", "video_max_pixles": "spelled --video_max_pixels",
+    **dict.fromkeys(["lazy_preprocess", "remove_unused_columns", "do_train", "group_by_length",
+                     "dataloader_pin_memory", "ddp_find_unused_parameters"], "drop it: nothing here needs it"),
+    "do_eval": "drop it: --eval_path switches evaluation on",
+    "eval_accumulation_steps": "drop it: evaluation keeps sums, not logits",
+    "eval_delay": "drop it: use --eval_strategy steps with --eval_steps",
+    "eval_on_start": "drop it: use --eval_strategy steps with --eval_steps",
+    "logging_strategy": "drop it: metrics.jsonl has every step, --logging_steps is for trackers",
+    "logging_dir": "drop it: everything goes to --output_dir",
+    "overwrite_output_dir": "choose another --output_dir, or --resume_from_checkpoint auto",
+    "lr_scheduler_kwargs": "drop it: the schedules of --lr_scheduler_type take no options",
+    **dict.fromkeys(["lora_enable", "vision_lora", "use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_bias",
+                     "lora_namespan_exclude", "num_lora_modules", "lora_weight_path", "bits", "quant_type",
+                     "double_quant"], ADAPTERS_ANSWER),
+}  # fmt: skip
+
+
+class _CollectingParser(HfArgumentParser):
+    """HfArgumentParser whose errors are raised, so that all of them can be gathered before anything is reported."""
+
+    def error(self, message):
+        raise argparse.ArgumentError(None, message)
+
+
+def parse_arguments(arguments_class, argv: list[str] | None = None):
+    """Read the command line into `arguments_class` (a TrainingArguments), reporting every problem at once.
+
+    Raises:
+        SystemExit: 0 with a hint when nothing was typed, 2 with all problems when anything is wrong.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    script = Path(sys.argv[0]).name
+    if not argv:
+        say(f"{script} needs at least --data_path FILE and --output_dir FOLDER (and --model_id for anything but "
+            f"{TrainingArguments.model_id}).\n"
+            f"All flags: python {script} --help. To see it work first: make demo")  # fmt: skip
+        raise SystemExit(0)
+    parser = _CollectingParser(
+        arguments_class, allow_abbrev=False, exit_on_error=False, description=inspect.getdoc(sys.modules["__main__"]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    problems, rest = [], argv
+    while True:  # argparse stops at its first error: note it, take the flag out, go on
+        try:
+            args, extra = parser.parse_args_into_dataclasses(
+                args=rest, return_remaining_strings=True, look_for_args_file=False
+            )
+            break
+        except argparse.ArgumentError as error:
+            flags = (error.argument_name or "").split("/")
+            at = next((i for i, word in enumerate(rest) if word.split("=")[0] in flags), None)
+            if at is None:
+                problems.append(error.message)
+                args, extra = arguments_class(), []
+                break
+            end = next((i for i in range(at + 1, len(rest)) if rest[i].startswith("--")), len(rest))
+            problems.append(f"{' '.join(rest[at:end])}: {error.message}")
+            rest = rest[:at] + rest[end:]
+    problems += [_answer_unknown(word, parser) for word in extra if word.startswith("-") and not _is_number(word)]
+    if extra and not extra[0].startswith("-"):
+        problems.append(f"{extra[0]!r} belongs to no flag: every value follows its --flag")
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    problems += check_arguments(args, given)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        say(f"{script}: {count} with the arguments\n" + "\n".join(f"  • {problem}" for problem in problems))
+        raise SystemExit(2)
+    return args
+
+
+def _is_number(word):
+    return re.fullmatch(r"-?[\d.]+(e-?\d+)?", word) is not None
+
+
+def _answer_unknown(word, parser):
+    name = word.split("=")[0].lstrip("-")
+    answer = REPLACED_FLAGS.get(name) or REPLACED_FLAGS.get(name.replace("-", "_"))
+    if answer is None:
+        known = [option for option in parser._option_string_actions if option.startswith("--")]
+        close = difflib.get_close_matches(f"--{name}", known, n=1)
+        answer = f"no such flag; did you mean {close[0]}?" if close else "no such flag; --help lists all"
+    return f"--{name}: {answer}"
+
+
+def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
+    """Every conflict among the arguments, as sentences that name the mend; `given` are the flags that were typed."""
+    problems = []
+
+    def complain(condition, sentence):
+        if condition:
+            problems.append(sentence)
+
+    complain(args.data_path is None, "--data_path is missing: the file with the training records")
+    for flag in ("data_path", "eval_path"):
+        path = getattr(args, flag)
+        complain(path and Path(path).suffix in (".json", ".jsonl", ".parquet") and not Path(path).is_file(),
+                 f"--{flag} {path}: no such file")  # fmt: skip
+    for flag in ("image_folder", "eval_image_folder"):
+        path = getattr(args, flag)
+        complain(path and not Path(path).is_dir(), f"--{flag} {path}: no such folder")
+    complain(Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file: name a folder")
+    looks_local = args.model_id.startswith((".", "/", "~")) or args.model_id.count("/") > 1
+    complain(looks_local and not Path(args.model_id).is_dir(), f"--model_id {args.model_id}: no such folder")
+
+    complain(
+        {"fps", "nframes"} <= given, f"--fps {args.fps} and --nframes {args.nframes} contradict each other: give one"
+    )
+    for kind in ("image", "video"):
+        width, height = getattr(args, f"{kind}_resized_width"), getattr(args, f"{kind}_resized_height")
+        complain((width is None) != (height is None),
+                 f"--{kind}_resized_width {width}, --{kind}_resized_height {height}: give both or none")  # fmt: skip
+        low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
+        if width is None and low > high:
+            # A command that lowers only the maximum (upstream's own recipes do) means "at most this many".
+            if f"{kind}_min_pixels" in given:
+                problems.append(f"--{kind}_min_pixels {low} is above --{kind}_max_pixels {high}: lower the first")
+            else:
+                setattr(args, f"{kind}_min_pixels", high)
+    for flag in ("fps", "nframes", "image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels",
+                 "image_resized_width", "image_resized_height", "video_resized_width", "video_resized_height",
+                 "max_video_tokens", "max_seq_length", "min_frames", "max_frames", "num_train_epochs", "save_steps",
+                 "eval_steps", "logging_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+                 "gradient_accumulation_steps", "save_total_limit", "max_bad_steps"):  # fmt: skip
+        value = getattr(args, flag)
+        complain(value is not None and not value > 0, f"--{flag} {value}: must be above 0")
+    for flag in ("learning_rate", "vision_lr", "merger_lr", "weight_decay", "max_grad_norm", "warmup_steps",
+                 "dataloader_num_workers", "early_stopping_patience", "unfreeze_topk_llm",
+                 "unfreeze_topk_vision"):  # fmt: skip
+        value = getattr(args, flag)
+        complain(value is not None and not value >= 0, f"--{flag} {value}: must be 0 or more")
+    complain(
+        args.max_steps == 0 or args.max_steps < -1, f"--max_steps {args.max_steps}: must be above 0 (or -1: by epochs)"
+    )
+    complain(not 0 <= args.warmup_ratio <= 1, f"--warmup_ratio {args.warmup_ratio}: must lie between 0 and 1")
+    complain(args.nframes == 1, "--nframes 1: two frames make one temporal patch, the fewest is 2")
+    complain(args.min_frames % FRAME_FACTOR, f"--min_frames {args.min_frames}: must be a multiple of {FRAME_FACTOR}")
+    complain(
+        args.max_frames < args.min_frames, f"--max_frames {args.max_frames} is below --min_frames {args.min_frames}"
+    )
+
+    complain(args.bf16 + args.fp16 + args.pure_bf16 > 1, "--bf16, --fp16 and --pure_bf16 exclude each other: give one")
+    complain(args.freeze_llm and args.freeze_merger and args.freeze_vision_tower
+             and not (args.unfreeze_topk_llm or args.unfreeze_topk_vision),
+             "--freeze_llm, --freeze_merger and --freeze_vision_tower leave nothing to train: drop one")  # fmt: skip
+    complain(args.unfreeze_topk_llm and not args.freeze_llm, "--unfreeze_topk_llm needs --freeze_llm True")
+    complain(args.unfreeze_topk_vision and not args.freeze_vision_tower,
+             "--unfreeze_topk_vision needs --freeze_vision_tower True")  # fmt: skip
+
+    if args.eval_strategy is None:
+        args.eval_strategy = "epoch" if args.eval_path else "no"
+    complain(
+        args.eval_strategy != "no" and not args.eval_path, f"--eval_strategy {args.eval_strategy} needs --eval_path"
+    )
+    wants_eval = [name for name in ("load_best_model_at_end", "early_stopping_patience") if getattr(args, name)]
+    complain(wants_eval and args.eval_strategy == "no", f"--{' and --'.join(wants_eval)}: needs --eval_path")
+    complain(args.load_best_model_at_end and args.save_strategy == "no",
+             "--load_best_model_at_end needs checkpoints: drop --save_strategy no")  # fmt: skip
+    if str(args.resume_from_checkpoint).lower() in ("true", "auto"):
+        args.resume_from_checkpoint = "auto"
+    elif str(args.resume_from_checkpoint).lower() in ("none", "false", ""):
+        args.resume_from_checkpoint = None
+    resume = args.resume_from_checkpoint
+    complain(
+        resume not in (None, "auto") and not Path(resume).is_dir(),
+        f"--resume_from_checkpoint {resume}: no such folder",
+    )
+    complain(resume is None and list_checkpoints(args.output_dir),
+             f"--output_dir {args.output_dir} holds checkpoints of an earlier run: continue it with "
+             "--resume_from_checkpoint auto, or name another folder")  # fmt: skip
+
+    uses_bitsandbytes = "8bit" in args.optim or args.optim.startswith("paged")
+    complain(uses_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None,
+             f"--optim {args.optim} needs bitsandbytes: pip install bitsandbytes")  # fmt: skip
+    complain(args.attn_implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None,
+             "--attn_implementation flash_attn needs the flash-attn package; varlen comes with torch")  # fmt: skip
+    complain(args.attn_implementation in ("varlen", "flash_attn") and not torch.cuda.is_available(),
+             f"--attn_implementation {args.attn_implementation} needs a CUDA device: use sdpa or auto")  # fmt: skip
+    return problems
+
+
+def say(message: str):
+    """Print once, from the first process of all (launchers set RANK before torch.distributed exists)."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------- 2. records
+
+# The one schema. A part's `files` holds one path (video, image) or several (frames: images that make one video).
+PART = {"type": Value("string"), "text": Value("string"), "files": List(Value("string")),
+        "fps": Value("float64"), "nframes": Value("int64"), "start": Value("float64"), "end": Value("float64"),
+        "min_pixels": Value("int64"), "max_pixels": Value("int64"),
+        "resized_width": Value("int64"), "resized_height": Value("int64")}  # fmt: skip
+MESSAGES = List({"role": Value("string"), "content": List(PART)})
+CONVERSATION = Features({"id": Value("string"), "messages": MESSAGES})
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+OPTION_ALIASES = {"video_start": "start", "video_end": "end"}
+CONTROL_TOKENS = re.compile(r"<\|(?:video_pad|image_pad|vision_start|vision_end|im_start|im_end)\|>")
+TAG = re.compile(r"\n?<(video|image)>\n?")  # a tag takes one newline on each side with it
+MAX_COMPLAINTS = 20
+
+
+def normalize_conversation(record: dict, where: str) -> dict:
+    """Turn one record of any accepted format into `{"id", "messages"}` of the schema CONVERSATION.
+
+    Accepted: `conversations` (`from`/`value`) or `messages` (`role`/`content`, content a text or a list of parts),
+    with `<video>`/`<image>` tags filled in order from `video`/`videos`/`image`/`images`, or parts that carry paths.
+
+    Raises:
+        ValueError: names the record, the field, what was found, what was expected and the mend.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a record must be an object with named fields, got {_short(record)}")
+    name = where if record.get("id") is None else f"{where} (id {record['id']!r})"
+    try:
+        media = {kind: [_media_part(kind, item) for item in _media_list(record, kind)] for kind in ("video", "image")}
+        messages = [_message(turn, i) for i, turn in enumerate(_turns(record))]
+        _fill_tags(messages, media)
+        first = messages[messages[0]["role"] == "system"]["role"] if len(messages) > 1 else messages[0]["role"]
+        if first != "user":
+            raise ValueError(f"the first turn after any system turn must be the user's, got {first!r}")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return {"id": str(record.get("id") if record.get("id") is not None else where), "messages": messages}
+
+
+def _short(value):
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '…'}"
+
+
+def _turns(record):
+    present = [key for key in ("conversations", "messages") if record.get(key) is not None]
+    if len(present) != 1:
+        found = " and ".join(present) or f"only the fields {', '.join(map(str, record)) or '(none)'}"
+        raise ValueError(f"expected either 'conversations' or 'messages', got {found}: keep exactly one of them")
+    turns = record[present[0]]
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise ValueError(f"field {present[0]!r}: expected a list of turns, got {_short(turns)}")
+    return turns
+
+
+def _media_list(record, kind):
+    present = [key for key in (kind, f"{kind}s") if record.get(key) is not None]
+    if len(present) > 1:
+        raise ValueError(f"fields {present[0]!r} and {present[1]!r} are both there: keep one of them")
+    value = record[present[0]] if present else []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _media_part(kind, item):
+    """One video or image as a PART: a path, a dict with options, or (video) a list of frame images."""
+    options = {}
+    if isinstance(item, dict):
+        given = {
+            OPTION_ALIASES.get(key, key): value for key, value in item.items() if value is not None and key != "type"
+        }
+        if "bytes" in given:
+            raise ValueError(
+                f"{kind}: decoded or embedded media is not read, got a field 'bytes': give the file's path"
+            )
+        source = [key for key in (kind, "path", "url", f"{kind}_url") if key in given]
+        if len(source) != 1:
+            raise ValueError(
+                f"{kind}: expected one path under {kind!r}, got the fields {', '.join(given) or '(none)'}"
+            )
+        item = given.pop(source[0])
+        for key, value in given.items():
+            if key not in PART or key in ("type", "text", "files"):
+                raise ValueError(f"{kind} {_short(item)}: unknown option {key!r}; known: {', '.join(list(PART)[3:])}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a number, got {_short(value)}")
+            if PART[key].dtype == "int64" and value != int(value):
+                raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a whole number, got {value}")
+            options[key] = value
+        if options.get("fps") == 0 or options.get("nframes") == 0:
+            raise ValueError(f"{kind} {_short(item)}: options 'fps' and 'nframes' must be above 0")
+        if "fps" in options and "nframes" in options:
+            raise ValueError(f"{kind} {_short(item)}: options 'fps' and 'nframes' contradict each other: keep one")
+        if ("resized_width" in options) != ("resized_height" in options):
+            raise ValueError(f"{kind} {_short(item)}: 'resized_width' and 'resized_height' go together: give both")
+    frames = isinstance(item, (list, tuple)) and kind == "video"
+    files = list(item) if frames else [item]
+    if not files:
+        raise ValueError("video: an empty list of frame images; give at least one")
+    for path in files:
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{kind}: expected a file path, got {_short(path)}")
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:", path):
+            raise ValueError(f"{kind} {path[:80]!r}: addresses are not read: download first and give the file's path")
+        if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == "..":
+            raise ValueError(
+                f"{kind} {path!r}: a relative path may not climb out of --image_folder: give an absolute one"
+            )
+    sizes = {"min_pixels", "max_pixels", "resized_width", "resized_height"}
+    meaning = sizes if kind == "image" else sizes | {"fps"} if frames else set(options)
+    if unused := set(options) - meaning:
+        what = "an image" if kind == "image" else "a list of frame images"
+        raise ValueError(f"{kind} {_short(item)}: option {sorted(unused)[0]!r} means nothing for {what}: drop it")
+    return _part("frames" if frames else kind, files=files, **options)
+
+
+def _part(kind, **values):
+    return {**dict.fromkeys(PART), "type": kind, "files": [], **values}
+
+
+def _message(turn, i):
+    """One turn as {"role", "content"}; tags become parts without files, to be filled by _fill_tags."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"turn {i}: expected an object, got {_short(turn)}")
+    role_key = next((key for key in ("from", "role") if turn.get(key) is not None), "from")
+    text_key = next((key for key in ("value", "content") if turn.get(key) is not None), "value")
+    role, content = turn.get(role_key), turn.get(text_key)
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"turn {i}: {role_key!r} must be one of {', '.join(ROLES)}, got {_short(role)}")
+    if ROLES[role] == "system" and i > 0:
+        raise ValueError(f"turn {i}: the system turn must come first: move it there")
+    parts = []
+    for part in content if isinstance(content, (list, tuple)) else [content]:
+        if isinstance(part, dict) and part.get("type", "text") in ("video", "image"):
+            kind = part["type"]
+            has_file = any(part.get(key) is not None for key in (kind, "path", "url", f"{kind}_url"))
+            parts.append(_media_part(kind, part) if has_file else _part(kind))
+            continue
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise ValueError(f"turn {i}: {text_key!r} must be text, got {_short(text)}: put numbers in quotes")
+        if found := CONTROL_TOKENS.search(text):
+            raise ValueError(f"turn {i}: the control token {found[0]} stands in the text: write <video> or <image>")
+        pieces = TAG.split(text)  # text, kind, text, kind, … text
+        parts += [_part(piece) if k % 2 else _part("text", text=piece) for k, piece in enumerate(pieces) if piece]
+    return {"role": ROLES[role], "content": parts}
+
+
+def _fill_tags(messages, media):
+    """Put the record's videos and images into its tags, in order; without any tag they all go first, in order."""
+    slots = {kind: [part for message in messages for part in message["content"]
+                    if part["type"] == kind and not part["files"]] for kind in media}  # fmt: skip
+    if not slots["video"] and not slots["image"] and (media["video"] or media["image"]):
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise ValueError("there are videos or images but no user turn to put them in: add one")
+        first["content"][:0] = media["video"] + media["image"]
+        return
+    for kind, items in media.items():
+        if len(slots[kind]) != len(items):
+            raise ValueError(f"{len(slots[kind])} <{kind}> tags for {len(items)} {kind}s: write one tag per {kind}, "
+                             "or none at all to put them all first")  # fmt: skip
+        for slot, item in zip(slots[kind], items):
+            slot.update(item)
+
+
+def read_records(source: str):
+    """Yield `(where, record)` one at a time from JSON, JSONL, Parquet, a dataset folder or a hub dataset.
+
+    A record that cannot be parsed is yielded as a ValueError in its place.
+    """
+    path = Path(source)
+    if path.suffix in (".json", ".jsonl") or (path.suffix == "" and path.is_file()):
+        with open(path, "rb") as file:
+            head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+            file.seek(0)
+            if head.startswith(b"["):
+                records = ijson.items(file, "item", use_float=True)
+                for i in range(sys.maxsize):
+                    try:
+                        yield f"record {i}", next(records)
+                    except StopIteration:
+                        return
+                    except (ijson.JSONError, UnicodeDecodeError) as error:
+                        yield f"record {i}", ValueError(f"not valid JSON ({error}): nothing after it was read")
+                        return
+            for number, line in enumerate(file, 1):
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                    try:
+                        yield f"line {number}", json.loads(line.decode("utf-8-sig"))
+                    except ValueError as error:
+                        yield (
+                            f"line {number}",
+                            ValueError(f"not valid JSON ({error}); one object per line is expected"),
+                        )
+        return
+    if path.suffix == ".parquet":
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    elif (path / "dataset_info.json").is_file():
+        table = datasets.load_from_disk(str(path))
+    else:
+        table = datasets.load_dataset(source, split="train")
+    for name, feature in table.features.items():  # give paths, decode nothing
+        if isinstance(getattr(feature, "feature", feature), (datasets.Image, datasets.Video)):
+            inner = type(getattr(feature, "feature", feature))(decode=False)
+            table = table.cast_column(name, List(inner) if hasattr(feature, "feature") else inner)
+    for i, record in enumerate(table):
+        yield f"record {i}", record
+
+
+def load_records(source: str, normalize=normalize_conversation, features: Features = CONVERSATION) -> Dataset:
+    """All records in one fixed schema, memory-mapped: converted once, found again by the file's identity.
+
+    Raises:
+        ValueError: lists the first bad records; says so when there is no record at all.
+    """
+    complaints = []
+
+    def rows(source, identity, normalize):
+        count = 0
+        for where, record in read_records(source):
+            try:
+                if isinstance(record, ValueError):
+                    raise ValueError(f"{where}: {record}")
+                row = normalize(record, where)
+            except ValueError as error:
+                complaints.append(str(error))
+                if len(complaints) == MAX_COMPLAINTS:
+                    break
+            else:
+                count += 1
+                yield row
+        if complaints:
+            more = " (the first ones)" if len(complaints) == MAX_COMPLAINTS else ""
+            raise ValueError(f"{source}: {len(complaints)} bad records{more}\n  • " + "\n  • ".join(complaints))
+        if not count:
+            raise ValueError(f"{source}: no records in it; expected at least one")
+
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    identity = [
+        [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()
+    ]
+    # The code is part of the key: rows made by another version of the rules are not reused.
+    code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(normalize)]
+    key = hashlib.sha256(json.dumps([source, identity, code, str(features)]).encode()).hexdigest()[:32]
+    try:
+        return Dataset.from_generator(
+            rows, features=features, fingerprint=key,
+            gen_kwargs={"source": source, "identity": key, "normalize": normalize},
+        )  # fmt: skip
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ if isinstance(error.__cause__, ValueError) else error from None
+
+
+def resolve_path(path: str, folder: str) -> str:
+    """Join a record's path to its folder and make sure that it is a regular file.
+
+    Raises:
+        ValueError: no such file, or something else than a file (folder, pipe, device).
+    """
+    path = os.path.join(folder, path)
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}; paths start from --image_folder {folder}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: not a regular file (a folder, pipe or device): give a video or image file")
+    return path
+
+
+# ----------------------------------------------------------------------------------------- 3. sampling and decoding
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Multiples of `factor` near (height, width) with an area between the bounds and nearly the same aspect ratio.
+
+    Source: smart_resize of qwen_vl_utils.
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(f"{width}×{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
+    h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / shrink / factor) * factor)
+        w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h, w = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return h, w
+
+
+def target_size(part: dict, height: int, width: int, num_frames: int, args, factor: int) -> tuple[int, int]:
+    """(height, width) in pixels at which a clip of this native size is trained; the part's own options win.
+
+    Source: fetch_image and fetch_video of qwen_vl_utils, which bound a whole video's pixels too.
+    """
+    kind = "image" if part["type"] == "image" else "video"
+
+    def option(name):
+        return part[name] if part[name] is not None else getattr(args, f"{kind}_{name}")
+
+    own_pixels = part["min_pixels"] is not None or part["max_pixels"] is not None
+    if part["resized_width"] is not None or (not own_pixels and option("resized_width") is not None):
+        return smart_resize(option("resized_height"), option("resized_width"), factor,
+                            IMAGE_MIN_TOKENS * factor**2, IMAGE_MAX_TOKENS * factor**2)  # fmt: skip
+    min_pixels, max_pixels = option("min_pixels"), option("max_pixels")
+    if kind == "video":
+        share = VIDEO_TOTAL_TOKENS * factor**2 / num_frames * FRAME_FACTOR
+        limit = max(min(VIDEO_MAX_TOKENS_PER_FRAME * factor**2, share), int(min_pixels * 1.05))
+        max_pixels = min(max_pixels, limit)
+    return smart_resize(height, width, factor, min(min_pixels, max_pixels), max_pixels)
+
+
+def sample_frames(part: dict, total_frames: int, video_fps: float, args, at_most: int | None = None):
+    """Which frames of a video are taken: `(indices, sampled_fps)`, frames per second of the frames that were taken.
+
+    Source: smart_nframes and calculate_video_frame_range of qwen_vl_utils. Where the reference refuses (a clip with
+    fewer frames than asked), the clip gives all it has, an even number, or its single frame.
+
+    Raises:
+        ValueError: `start` and `end` (seconds) leave no frames.
+    """
+    first, last, duration = 0, total_frames - 1, total_frames / video_fps
+    if part["start"] is not None:
+        first = math.ceil(min(part["start"], duration) * video_fps)
+    if part["end"] is not None:
+        last = min(math.floor(min(part["end"], duration) * video_fps), total_frames - 1)
+    if first > last or (first == last and total_frames > 1):
+        raise ValueError(
+            f"'start' {part['start']} and 'end' {part['end']} s leave no two frames of a {duration:.2f}-s video"
+        )
+    available = last - first + 1
+    wanted = part["nframes"] or (None if part["fps"] else args.nframes)
+    if wanted is not None:
+        count = min(round(wanted / FRAME_FACTOR) * FRAME_FACTOR, available)
+    else:
+        most = math.floor(min(args.max_frames, available) / FRAME_FACTOR) * FRAME_FACTOR
+        count = min(max(available / video_fps * (part["fps"] or args.fps), args.min_frames), most)
+    count = math.floor(min(count, available, at_most or available) / FRAME_FACTOR) * FRAME_FACTOR or 1
+    indices = torch.linspace(first, last, count).round().long().tolist()
+    return indices, count / available * video_fps
+
+
+def read_video(path: str, pick):
+    """Decode the frames that `pick(total_frames, fps)` returns: uint8 [F, 3, height, width], channels last in memory.
+
+    decord at its fastest exact setting; PyAV, decoding in sequence, where decord is missing or refuses the file.
+
+    Raises:
+        ValueError: neither can read it.
+    """
+    try:
+        import decord
+    except ImportError:
+        decord = None
+    refused = "it is not installed"
+    if decord is not None:
+        try:
+            reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-4)
+            total_frames, fps = len(reader), reader.get_avg_fps()
+        except (decord.DECORDError, RuntimeError, AssertionError) as error:
+            refused = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        else:
+            indices = pick(total_frames, fps)
+            try:
+                frames = reader.get_batch(indices).asnumpy()  # [F, height, width, 3]
+                return torch.from_numpy(frames).permute(0, 3, 1, 2)
+            except (decord.DECORDError, decord.DECORDLimitReachedError) as error:
+                refused = str(error).strip().splitlines()[0]
+    try:
+        return _read_with_pyav(path, pick)
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be decoded. PyAV: {error}. decord: {refused}") from None
+
+
+def _read_with_pyav(path, pick):
+    import av
+
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise ValueError("no video stream")
+            stream = container.streams.video[0]
+            total_frames = sum(1 for packet in container.demux(stream) if packet.size)
+            fps = float(stream.average_rate or 0)
+            if not total_frames or not fps:
+                raise ValueError(f"{total_frames} frames at {fps} frames per second")
+        indices = pick(total_frames, fps)
+        wanted, taken = set(indices), {}
+        with av.open(path) as container:
+            for i, frame in enumerate(container.decode(video=0)):
+                if i in wanted:
+                    taken[i] = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # [height, width, 3]
+                if len(taken) == len(wanted):
+                    break
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{error}") from None
+    if len(taken) < len(wanted):
+        raise ValueError(
+            f"only {len(wanted) - len(wanted - set(taken))} of {len(wanted)} sampled frames can be decoded"
+        )
+    return torch.stack([taken[i] for i in indices]).permute(0, 3, 1, 2)
+
+
+def read_image(path: str) -> Image.Image:
+    """An image in RGB, transparent parts on white, as qwen_vl_utils reads it.
+
+    Raises:
+        ValueError: not an image that Pillow can read.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode != "RGBA":
+                return image.convert("RGB")
+            background = Image.new("RGB", image.size, (255, 255, 255))
+            background.paste(image, mask=image.split()[3])
+            return background
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
+
+
+def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bicubic with antialiasing on uint8 [F, 3, h, w] → [F, 3, height, width] (≤ 2 grey levels off, mean 0.25)."""
+    if frames.shape[-2:] == (height, width):
+        return frames
+    return F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
+
+
+def load_clip(part: dict, folder: str, args, factor: int, limit: tuple[int, int, int] | None = None):
+    """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps)`.
+
+    `limit` is (frames, height, width) from fit_video_tokens; None: as the arguments and the part ask.
+
+    Raises:
+        ValueError: names the file and what is wrong with it.
+    """
+    at_most = limit and limit[0]
+    paths = [resolve_path(path, folder) for path in part["files"]]
+    if part["type"] == "video":
+        sampled_fps = None
+
+        def pick(total_frames, fps):
+            nonlocal sampled_fps
+            try:
+                indices, sampled_fps = sample_frames(part, total_frames, fps, args, at_most)
+            except ValueError as error:
+                raise ValueError(f"{paths[0]}: {error}") from None
+            return indices
+
+        frames = read_video(paths[0], pick)  # [F, 3, h, w]
+        height, width = limit[1:] if limit else target_size(part, *frames.shape[-2:], len(frames), args, factor)
+        return resize_frames(frames, height, width), sampled_fps
+    fps = part["fps"] or args.fps  # of a frame list: the rate at which its images were taken
+    if at_most and at_most < len(paths):
+        fps *= at_most / len(paths)
+        paths = [paths[i] for i in torch.linspace(0, len(paths) - 1, at_most).round().long().tolist()]
+    images = [read_image(path) for path in paths]
+    width, height = images[0].size
+    height, width = limit[1:] if limit else target_size(part, height, width, len(images), args, factor)
+    images = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]), fps
+
+
+def clip_shape(part: dict, folder: str, args, factor: int) -> tuple[int, int, int]:
+    """(frames, height, width) that load_clip would give without a limit, decoding one frame at most."""
+    paths = [resolve_path(path, folder) for path in part["files"]]
+    if part["type"] != "video":
+        width, height = read_image(paths[0]).size
+        return len(paths), *target_size(part, height, width, len(paths), args, factor)
+    count = 0
+
+    def pick(total_frames, fps):
+        nonlocal count
+        count = len(sample_frames(part, total_frames, fps, args)[0])
+        return [0]
+
+    height, width = read_video(paths[0], pick).shape[-2:]
+    return count, *target_size(part, height, width, count, args, factor)
+
+
+def visual_tokens(frames: int, height: int, width: int, factor: int) -> int:
+    """Tokens of one clip: temporal patches × merged patches per frame."""
+    return math.ceil(frames / FRAME_FACTOR) * (height // factor) * (width // factor)
+
+
+def fit_video_tokens(shapes: list[tuple[int, int, int]], budget: int, factor: int) -> list[tuple[int, int, int]]:
+    """Shrink (frames, height, width) of a sample's clips until their visual tokens fit the budget.
+
+    First all sides shrink by one common scale, each rounded down to a multiple of `factor` and never below it; if the
+    smallest size is still too much, all frame counts shrink by one common share, never below one temporal patch.
+
+    Raises:
+        ValueError: one token per clip is already more than the budget.
+    """
+
+    def at_size(scale):
+        return [(f, max(factor, int(h * scale) // factor * factor), max(factor, int(w * scale) // factor * factor))
+                for f, h, w in shapes]  # fmt: skip
+
+    def at_frames(share):
+        return [(max(1, min(f, max(FRAME_FACTOR, int(f * share) // FRAME_FACTOR * FRAME_FACTOR))), h, w)
+                for f, h, w in at_size(0)]  # fmt: skip
+
+    for shrink in (at_size, at_frames):
+        if _total_tokens(shrink(1), factor) <= budget:
+            return shrink(1)
+        if _total_tokens(shrink(0), factor) <= budget:
+            low, high = 0.0, 1.0
+            for _ in range(30):
+                middle = (low + high) / 2
+                low, high = (middle, high) if _total_tokens(shrink(middle), factor) <= budget else (low, middle)
+            return shrink(low)
+    least = _total_tokens(at_frames(0), factor)
+    raise ValueError(f"{len(shapes)} videos and images need at least {least} visual tokens, "
+                     f"--max_video_tokens is {budget}: raise it or split the sample")  # fmt: skip
+
+
+def _total_tokens(shapes, factor):
+    return sum(visual_tokens(*shape, factor) for shape in shapes)
+
+
+# ------------------------------------------------------------------------------------------------------- 4. encoding
+
+
+def patchify(frames: torch.Tensor, patch_size: int, merge_size: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Cut uint8 frames [F, 3, height, width] into the tower's patches: uint8 [P, 3·2·patch²] and their grid (t, h, w).
+
+    An odd number of frames repeats the last one. Patches of one merged token are neighbours.
+    Source: Qwen2VLVideoProcessor.patchify of transformers.
+    """
+    if len(frames) % FRAME_FACTOR:
+        frames = torch.cat([frames, frames[-1:]])
+    f, c, height, width = frames.shape
+    t, h, w = f // FRAME_FACTOR, height // patch_size, width // patch_size
+    patches = frames.reshape(
+        t, FRAME_FACTOR, c, h // merge_size, merge_size, patch_size, w // merge_size, merge_size, patch_size
+    )
+    patches = patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, h', w', merge, merge, c, frame, patch, patch
+    return patches.reshape(t * h * w, -1), (t, h, w)
+
+
+class Encoder:
+    """Turns a normal record into the arrays that a packed row is made of; lives in the decoding processes.
+
+    Calling it with a record gives a dict of numpy arrays (T tokens, N clips, P patches):
+      `input_ids`, `labels` int64 [T] (-100: not supervised), `position_ids` int64 [4, T] (text row first),
+      `patches` uint8 [P, 1176], `video_grid_thw` int64 [N, 3], and `id`, `num_videos`, `num_images`, `shrunk`.
+    An image rides as a video of one temporal patch: one tower call serves both.
+    """
+
+    def __init__(self, model_path: str, args: TrainingArguments):
+        processor = AutoProcessor.from_pretrained(model_path, cache_dir=args.cache_dir)
+        self.processor, self.tokenizer, self.args = processor, processor.tokenizer, args
+        self.image_mean, self.image_std = processor.video_processor.image_mean, processor.video_processor.image_std
+        self.chat_template = processor.chat_template or processor.tokenizer.chat_template
+        self.config = AutoConfig.from_pretrained(model_path, cache_dir=args.cache_dir)
+        vision = self.config.vision_config
+        self.patch_size, self.merge_size = vision.patch_size, vision.spatial_merge_size
+        self.factor = self.patch_size * self.merge_size
+        self.rope = positions_only(self.config)
+        self.end_of_turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
+        self.vision_ids = self.tokenizer.convert_tokens_to_ids(names)
+
+    def tokenize(self, messages: list[dict]) -> tuple[list[int], list[int]]:
+        """Chat template → (input_ids, labels): one pad token per clip; labelled: each assistant turn, its end too."""
+        if self.args.system_prompt is not None and messages[0]["role"] != "system":
+            text = {**dict.fromkeys(PART), "type": "text", "text": self.args.system_prompt}
+            messages = [{"role": "system", "content": [text]}, *messages]
+        # The template's view: frame lists are videos, and a part has only the fields of its type.
+        plain = [{"role": m["role"], "content": [
+            {"type": "text", "text": p["text"]} if p["type"] == "text" else
+            {"type": "image" if p["type"] == "image" else "video"}
+            for p in m["content"]]} for m in messages]  # fmt: skip
+
+        def render(turns, **kwargs):
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self.chat_template, tokenize=False, **kwargs
+            )
+
+        text = render(plain)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        input_ids, labels = encoded["input_ids"], [-100] * len(encoded["input_ids"])
+        for i, message in enumerate(plain):
+            if message["role"] != "assistant":
+                continue
+            start, end = render(plain[:i], add_generation_prompt=True), render(plain[: i + 1])
+            assert text.startswith(start) and text.startswith(end), "the chat template does not render turn after turn"
+            for k, (a, b) in enumerate(encoded["offset_mapping"]):
+                if a >= len(start) and b <= len(end) and input_ids[k] not in self.vision_ids:
+                    labels[k] = input_ids[k]
+                    if input_ids[k] == self.end_of_turn:
+                        break  # the newline after the end of the turn is the template's, not the model's
+        return input_ids, labels
+
+    def clips(self, messages: list[dict], folder: str) -> tuple[list, list, list, bool]:
+        """Decode a sample's clips: (patches per clip, grids, seconds per temporal patch, did the budget bite)."""
+        parts = [part for message in messages for part in message["content"] if part["type"] != "text"]
+        shapes = limits = None
+        if self.args.max_video_tokens and parts:
+            shapes = [clip_shape(part, folder, self.args, self.factor) for part in parts]
+            limits = fit_video_tokens(shapes, self.args.max_video_tokens, self.factor)
+        patches, grids, seconds = [], [], []
+        for i, part in enumerate(parts):
+            frames, sampled_fps = load_clip(part, folder, self.args, self.factor, limits[i] if limits else None)
+            clip, grid = patchify(frames, self.patch_size, self.merge_size)
+            patches.append(clip)
+            grids.append(grid)
+            seconds.append(FRAME_FACTOR / sampled_fps)
+        return patches, grids, seconds, limits != shapes
+
+    def __call__(self, record: dict, folder: str) -> dict:
+        """Encode one record whose relative paths start from `folder`.
+
+        Raises:
+            ValueError: names the record and the file, or how far the sample exceeds --max_seq_length (if an error).
+        """
+        messages = record["messages"]
+        try:
+            patches, grids, seconds, shrunk = self.clips(messages, folder)
+            input_ids, labels = self.tokenize(messages)
+        except ValueError as error:
+            raise ValueError(f"record {record['id']}: {error}") from None
+        pads = [t * h * w // self.merge_size**2 for t, h, w in grids]
+        ids, targets, clip = [], [], iter(pads)
+        for token, target in zip(input_ids, labels):  # widen one pad per clip to one per visual token
+            count = next(clip) if token in self.vision_ids[2:] else 1
+            ids += [self.config.video_token_id if token in self.vision_ids[2:] else token] * count
+            targets += [target] * count
+        kinds = [part["type"] for message in messages for part in message["content"]]
+        sample = {"id": record["id"], "num_tokens": len(ids), "num_videos": len(grids) - kinds.count("image"),
+                  "num_images": kinds.count("image"), "shrunk": shrunk}  # fmt: skip
+        if len(ids) > self.args.max_seq_length:
+            if self.args.on_long_sample == "error":
+                raise ValueError(
+                    f"record {record['id']}: {len(ids)} tokens ({sum(pads)} visual), --max_seq_length is "
+                    f"{self.args.max_seq_length}: raise it, set --max_video_tokens, lower --fps or the sizes, or "
+                    "--on_long_sample skip"
+                )
+            return sample  # no input_ids: skipped and counted
+        ids = torch.tensor(ids)
+        grid = torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
+        return sample | {
+            "input_ids": ids.numpy(), "labels": np.array(targets), "video_grid_thw": grid.numpy(),
+            "position_ids": self.positions(ids, grid, seconds).numpy(),
+            "patches": torch.cat(patches).numpy() if patches else np.zeros((0, self.patch_dim), np.uint8),
+        }  # fmt: skip
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch: channels × frames × height × width."""
+        return 3 * FRAME_FACTOR * self.patch_size**2
+
+    def positions(self, input_ids: torch.Tensor, grid: torch.Tensor, seconds: list[float]) -> torch.Tensor:
+        """Text row and the model's own temporal, height and width rows for one sample: int64 [4, T]."""
+        text = torch.arange(len(input_ids)).expand(4, -1)
+        if not len(grid):
+            return text
+        types = (input_ids == self.config.video_token_id).int()[None] * 2
+        # float32 as the processor hands it over: the temporal positions are floored.
+        kwargs = {"second_per_grid_ts": torch.tensor(seconds)} if FAMILIES[self.config.model_type] else {}
+        vision, _ = self.rope.get_rope_index(input_ids[None], types, video_grid_thw=grid, **kwargs)
+        return torch.cat([text[:1], vision[:, 0]])
+
+
+def positions_only(config):
+    """The family's model object without any weights: good for get_rope_index, which reads nothing but the config.
+
+    Raises:
+        ValueError: the model is of a family that is not supported.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"--model_id is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}")
+    model_class = transformers.models.auto.modeling_auto.MODEL_MAPPING[type(config)]
+    model = model_class.__new__(model_class)
+    torch.nn.Module.__init__(model)
+    model.config = config
+    return model
+
+
+# ----------------------------------------------------------------------------------------- 5. packing and attention
+
+
+@dataclass
+class AttentionPlan:
+    """Which token of a packed row may see which: consecutive segments, each causal in itself.
+
+    A segment may also see all tokens of one earlier segment, its shared prefix. `lengths` has the tokens of each
+    segment, `prefixes` the index of the prefix segment or None. On CUDA the same is held as cumulative lengths [S + 1]
+    and, with prefixes, as the rows of keys and values that the segments read one after the other.
+    """
+
+    lengths: list[int]
+    prefixes: list[int | None]
+    max_q: int
+    max_k: int
+    cu_q: torch.Tensor  # int32 [S + 1]
+    cu_k: torch.Tensor  # int32 [S + 1]
+    key_rows: torch.Tensor | None  # int64 [sum of key lengths]; None: the row itself
+
+    @classmethod
+    def make(cls, lengths: list[int], prefixes: list[int | None] | None = None, device="cpu") -> "AttentionPlan":
+        """Build the plan of a row from its segment lengths, on `device`."""
+        prefixes = prefixes or [None] * len(lengths)
+        starts = [0, *np.cumsum(lengths).tolist()]
+        assert all(p is None or (prefixes[p] is None and p < s) for s, p in enumerate(prefixes)), (
+            "prefixes come before"
+        )
+        spans = [([] if p is None else [(starts[p], starts[p + 1])]) + [(starts[s], starts[s + 1])]
+                 for s, p in enumerate(prefixes)]  # fmt: skip
+        key_lengths = [sum(b - a for a, b in span) for span in spans]
+        shared = any(p is not None for p in prefixes)
+        rows = torch.cat([torch.arange(a, b) for span in spans for a, b in span]).to(device) if shared else None
+
+        def cumulative(values):
+            return torch.tensor([0, *np.cumsum(values).tolist()], dtype=torch.int32, device=device)
+
+        return cls(list(lengths), prefixes, max(lengths), max(key_lengths), cumulative(lengths),
+                   cumulative(key_lengths), rows)  # fmt: skip
+
+
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, plan=None, kernel="sdpa", **kwargs
+):
+    """The one attention of packed rows, for the language model (causal, by `plan`) and the tower (full, by chunk).
+
+    query [1, H, T, D], key and value [1, H or fewer, T, D] → ([1, T, H, D], None). The interface is transformers'
+    AttentionInterface; kernels: "varlen" (torch.nn.attention.varlen) and "flash_attn" on CUDA, "sdpa" anywhere.
+    """
+    assert dropout == 0.0, "attention dropout is not supported; Qwen-VL has none"
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embeddings leave fp32 under autocast
+    if not module.is_causal:
+        cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+        if kernel != "sdpa":
+            return _varlen(kernel, query, key, value, cu, cu, longest, longest, False, scaling), None
+        return _chunks_sdpa(query, key, value, (cu[1:] - cu[:-1]).tolist(), scaling), None
+    if plan is None:
+        raise ValueError("packed attention needs plan=…; to generate or to use padded batches, first call "
+                         "model.set_attn_implementation('sdpa')")  # fmt: skip
+    if kernel != "sdpa":
+        if plan.key_rows is not None:
+            key, value = key[:, :, plan.key_rows], value[:, :, plan.key_rows]
+        return _varlen(kernel, query, key, value, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, True, scaling), None
+    starts, outputs = [0, *np.cumsum(plan.lengths).tolist()], []
+    for s, prefix in enumerate(plan.prefixes):
+        rows = slice(starts[s], starts[s + 1])
+        q, k, v, mask = query[:, :, rows], key[:, :, rows], value[:, :, rows], None
+        if prefix is not None:
+            before = slice(starts[prefix], starts[prefix + 1])
+            k, v = torch.cat([key[:, :, before], k], 2), torch.cat([value[:, :, before], v], 2)
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        outputs.append(
+            F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        )
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _chunks_sdpa(query, key, value, lengths, scaling):
+    """Full attention inside consecutive chunks: one batched call for each distinct length, not one per chunk."""
+    lengths = torch.tensor(lengths)
+    starts = lengths.cumsum(0) - lengths
+    output = torch.empty_like(query.transpose(1, 2))  # [1, T, H, D]
+    for length in lengths.unique().tolist():
+        rows = (starts[lengths == length][:, None] + torch.arange(length)).to(query.device)  # [chunks, length]
+        if rows.numel() == query.shape[2]:  # all chunks alike: a view, no gathering
+            q, k, v = (x[0].unflatten(1, rows.shape).transpose(0, 1) for x in (query, key, value))
+            return F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1)[None]
+        q, k, v = (x[0][:, rows].transpose(0, 1) for x in (query, key, value))  # [chunks, H, length, D]
+        output[0, rows] = F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2)
+    return output
+
+
+def _varlen(kernel, query, key, value, cu_q, cu_k, max_q, max_k, causal, scaling):
+    """One variable-length kernel call on CUDA: [1, H, T, D] → [1, T, H, D]; causal means aligned to the last key."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+    if kernel == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=causal)[None]
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"scale": scaling, "window_size": (-1, 0) if causal else (-1, -1)}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 does not have it yet
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)[None]
+
+
+# The names must contain "flash": transformers then hands over lengths and builds no mask.
+for _kernel in ("sdpa", "varlen", "flash_attn"):
+    AttentionInterface.register(f"flash_packed_{_kernel}", partial(packed_attention, kernel=_kernel))
+
+
+def use_packed_attention(model, kernel: str):
+    """Let every part of a loaded model compute attention by packed_attention with this kernel."""
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
+            module.config._attn_implementation = f"flash_packed_{kernel}"
+
+
+def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Tensor:
+    """uint8 [P, 3·2·patch²] → float32, (x − 255·mean) / (255·std) per colour channel, as the HF processors fuse it."""
+    mean = torch.tensor(image_mean, device=patches.device)[:, None] * 255
+    std = torch.tensor(image_std, device=patches.device)[:, None] * 255
+    return ((patches.unflatten(1, (3, -1)).float() - mean) / std).flatten(1)
+
+
+def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Tensor]:
+    """Pack encoded samples without padding into one row: `(model inputs, targets)`.
+
+    Inputs: `input_ids` [1, T], `position_ids` [4, 1, T], `plan`, `pixel_values_videos` [P, 1176], `video_grid_thw`
+    [N, 3], `logits_to_keep` [S], `use_cache` False. Targets: int64 [S], the token that each kept position predicts.
+    A row without vision gets one video token as its own segment (grid 1×2×2, zero patches, no target), so that the
+    tower takes part in every forward on every rank.
+    """
+    samples = [sample for sample in samples if "input_ids" in sample]
+    if not any(len(sample["video_grid_thw"]) for sample in samples):
+        merge = encoder.merge_size
+        dummy = {"input_ids": np.array([encoder.config.video_token_id]), "labels": np.array([-100]), "patches": None,
+                 "position_ids": np.zeros((4, 1), np.int64), "video_grid_thw": np.array([[1, merge, merge]])}  # fmt: skip
+        samples = [*samples, dummy]
+
+    def together(name, axis=0):
+        return torch.from_numpy(np.concatenate([sample[name] for sample in samples], axis)).to(
+            device, non_blocking=True
+        )
+
+    if samples[-1]["patches"] is None:
+        pixels = torch.zeros(encoder.merge_size**2, encoder.patch_dim, device=device)
+    else:
+        pixels = normalize_patches(together("patches"), encoder.image_mean, encoder.image_std)
+    labels = np.concatenate(
+        [np.append(sample["labels"][1:], -100) for sample in samples]
+    )  # what each position predicts
+    kept = np.flatnonzero(labels != -100)
+    row = {
+        "input_ids": together("input_ids")[None],
+        "position_ids": together("position_ids", 1)[:, None],
+        "plan": AttentionPlan.make([len(sample["input_ids"]) for sample in samples], device=device),
+        "pixel_values_videos": pixels,
+        "video_grid_thw": together("video_grid_thw"),
+        "logits_to_keep": torch.from_numpy(kept).to(device, non_blocking=True),
+        "use_cache": False,
+    }
+    return row, torch.from_numpy(labels[kept]).to(device, non_blocking=True)
+
+
+def token_logps(logits: torch.Tensor, targets: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
+    """Log-probability of each target: logits [1, S, V], targets [S] → float32 [S].
+
+    In chunks, recomputed in the backward pass, so that fp32 log-probabilities of all S × V are never held at once.
+    """
+
+    def logps(part, target):
+        return -F.cross_entropy(part.float(), target, reduction="none")
+
+    parts = zip(logits[0].split(chunk), targets.split(chunk))
+    if len(targets) <= chunk:
+        return logps(logits[0], targets)
+    return torch.cat([checkpoint(logps, part, target, use_reentrant=False) for part, target in parts])
+
+
+# ----------------------------------------------------------------------------------------------- 6. loading the model
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """Type of the products under autocast, None without it."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def load_model(args: TrainingArguments, device, path: str | None = None):
+    """Load the model to train, freeze what the flags say, and set types and attention.
+
+    Trainable parameters are fp32 (under autocast too: at a learning rate of 2e-6 a bf16 weight of 0.02 does not move),
+    frozen ones have the autocast type; --pure_bf16 makes all bf16. `path`: a checkpoint that replaces --model_id.
+
+    Raises:
+        ValueError: unsupported family, or weights that the checkpoint lacks.
+    """
+    config = AutoConfig.from_pretrained(path or args.model_id, cache_dir=args.cache_dir)
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"--model_id {args.model_id} is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}"
+        )
+    if getattr(config.get_text_config(), "use_sliding_window", False):
+        raise ValueError(f"--model_id {args.model_id}: sliding-window attention is not supported; set "
+                         "use_sliding_window to false in its config.json")  # fmt: skip
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        path or args.model_id, cache_dir=args.cache_dir, dtype=torch.float32 if path else "auto",
+        attn_implementation="sdpa", output_loading_info=True,
+    )  # fmt: skip
+    if missing := info["missing_keys"]:
+        raise ValueError(f"{path or args.model_id} lacks {len(missing)} weights, first {sorted(missing)[0]!r}: "
+                         "the files are not of this model")  # fmt: skip
+    trained = choose_trained(model, args)
+    low = torch.bfloat16 if args.pure_bf16 else autocast_dtype(args)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+        full = name in trained and not args.pure_bf16
+        parameter.data = parameter.data.to(device, torch.float32 if full or low is None else low)
+    model.to(device)
+    kernel = args.attn_implementation
+    if kernel == "auto":
+        kernel = "varlen" if low is not None and torch.device(device).type == "cuda" else "sdpa"
+    use_packed_attention(model, kernel)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: "vision", "merger" or "llm" (with embeddings and head)."""
+    if "visual." not in name:
+        return "llm"
+    return "merger" if "visual.merger." in name else "vision"
+
+
+def choose_trained(model, args: TrainingArguments) -> set[str]:
+    """Names of the parameters that the freezing flags leave trainable.
+
+    Raises:
+        ValueError: nothing is left, or fewer blocks or layers exist than --unfreeze_topk_* asks for.
+    """
+    frozen = {"vision": args.freeze_vision_tower, "merger": args.freeze_merger, "llm": args.freeze_llm}
+    trained = {name for name, _ in model.named_parameters() if not frozen[part_of(name)]}
+    base = model.model
+    for flag, blocks in (
+        ("unfreeze_topk_llm", base.language_model.layers),
+        ("unfreeze_topk_vision", base.visual.blocks),
+    ):
+        count = getattr(args, flag)
+        if count > len(blocks):
+            raise ValueError(f"--{flag} {count}: the model has only {len(blocks)}")
+        chosen = {id(p) for block in list(blocks)[len(blocks) - count :] for p in block.parameters()}
+        trained |= {name for name, p in model.named_parameters() if id(p) in chosen}
+    if not trained:
+        raise ValueError("the freezing flags leave nothing to train: drop one of them")
+    return trained
+
+
+def make_optimizer(model, args: TrainingArguments):
+    """The --optim optimizer: one group per part of the model and decay, each with its peak rate as `peak_lr`.
+
+    Biases and norm weights do not decay.
+    """
+    rates = {"llm": args.learning_rate, "vision": args.vision_lr, "merger": args.merger_lr}
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and args.weight_decay > 0
+            groups.setdefault((part_of(name), decays), []).append(parameter)
+    groups = [
+        {"params": params, "weight_decay": args.weight_decay if decays else 0.0, "lr": rate, "peak_lr": rate}
+        for (part, decays), params in groups.items()
+        for rate in [rates[part] if rates[part] is not None else args.learning_rate]
+    ]
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optim in ("adamw_torch", "adamw_torch_fused"):
+        return torch.optim.AdamW(groups, **adam, fused=args.optim == "adamw_torch_fused")
+    if args.optim == "sgd":
+        return torch.optim.SGD(groups)
+    if args.optim == "adafactor":
+        return transformers.Adafactor(groups, scale_parameter=False, relative_step=False)
+    import bitsandbytes
+
+    if args.optim == "paged_adamw_32bit":
+        return bitsandbytes.optim.PagedAdamW32bit(groups, **adam)
+    return (bitsandbytes.optim.PagedAdamW8bit if "paged" in args.optim else bitsandbytes.optim.AdamW8bit)(
+        groups, **adam
+    )
+
+
+def lr_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
+    """Share of the peak learning rate in optimizer step `step` (from 0): a closed form of transformers' schedules."""
+    warmup = args.warmup_steps or math.ceil(total_steps * args.warmup_ratio)
+    if step < warmup and args.lr_scheduler_type != "constant":
+        return step / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if args.lr_scheduler_type == "linear":
+        return max(0.0, 1 - progress)
+    if args.lr_scheduler_type == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+# --------------------------------------------------------------------------------------------- 7. order and prefetch
+
+
+def count_steps(num_records: int, samples_per_step: int, args: TrainingArguments) -> int:
+    """Optimizer steps of a run: each epoch ends with a smaller step when the records do not divide evenly."""
+    if args.max_steps > 0:
+        return args.max_steps
+    whole, rest = divmod(args.num_train_epochs, 1)
+    return int(whole) * math.ceil(num_records / samples_per_step) + math.ceil(
+        round(rest * num_records) / samples_per_step
+    )
+
+
+def step_windows(num_records: int, samples_per_step: int, seed: int, position: int):
+    """Yield for ever `(record indices of one optimizer step, samples consumed after it)`.
+
+    The order of an epoch is a function of (seed, epoch) and `position`, the number of samples consumed, is the whole
+    state: a resumed run goes on without decoding what came before.
+    """
+    while True:
+        epoch, offset = divmod(position, num_records)
+        order = np.random.default_rng([seed, epoch]).permutation(num_records)
+        for start in range(offset, num_records, samples_per_step):
+            window = order[start : start + samples_per_step].tolist()
+            position += len(window)
+            yield window, position
+
+
+def micro_batches(window: list[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """This rank's share of a step: rows of `batch_size` samples, dealt in turn; the last may be empty on a rank."""
+    rows = math.ceil(len(window) / (batch_size * world_size))
+    starts = [(row * world_size + rank) * batch_size for row in range(rows)]
+    return [window[start : start + batch_size] for start in starts]
+
+
+PREFETCH_BYTES = 2 << 30  # decoded samples that wait for the trainer, per process
+
+
+class SampleStream:
+    """Decodes records in worker processes, ahead of the trainer and in the order asked.
+
+    Workers are started by a fork server: 0.2 s each, without the trainer's CUDA context, and killable.
+    """
+
+    def __init__(self, encoder: Encoder, args: TrainingArguments):
+        self.encoder, self.pool, self.num_workers = encoder, None, args.dataloader_num_workers
+        self.sample_bytes = 0  # of the largest sample so far
+        if self.num_workers:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["__main__", __name__])
+            self.pool = pebble.ProcessPool(
+                self.num_workers, context=context, initializer=_start_worker, initargs=(args.model_id, args)
+            )
+
+    def batches(self, records: Dataset, index_lists, folder: str):
+        """Yield the encoded samples of each list of record indices, decoding further lists meanwhile."""
+        if self.pool is None:
+            for indices in index_lists:
+                yield [self.encoder(records[i], folder) for i in indices]
+            return
+        waiting, in_flight, index_lists = deque(), 0, iter(index_lists)
+        try:
+            while True:
+                most = 4 * self.num_workers if self.sample_bytes == 0 else PREFETCH_BYTES // self.sample_bytes
+                while not waiting or in_flight < min(most, 4 * self.num_workers + 2 * len(waiting[0])):
+                    indices = next(index_lists, None)
+                    if indices is None:
+                        break
+                    rows = [records[i] for i in indices]
+                    waiting.append([(row, self.pool.schedule(_encode, args=(row, folder))) for row in rows])
+                    in_flight += len(rows)
+                if not waiting:
+                    return
+                samples = [self._result(row, future) for row, future in waiting.popleft()]
+                in_flight -= len(samples)
+                yield samples
+        finally:
+            for _, future in (pair for batch in waiting for pair in batch):
+                future.cancel()
+
+    def _result(self, row, future):
+        try:
+            sample = future.result()
+        except pebble.ProcessExpired as error:
+            files = [path for turn in row["messages"] for part in turn["content"] for path in part["files"]]
+            raise ValueError(f"record {row['id']}: the process that decoded it died (exit code {error.exitcode}): "
+                             f"one of its files is harmful: {', '.join(files)}") from None  # fmt: skip
+        self.sample_bytes = max(self.sample_bytes, sum(v.nbytes for v in sample.values() if isinstance(v, np.ndarray)))
+        return sample
+
+    def close(self):
+        """Stop the workers."""
+        if self.pool is not None:
+            self.pool.stop()
+            self.pool.join()
+
+
+_encoder = None  # of a decoding process
+
+
+def _start_worker(model_path, args):
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+    torch.set_num_threads(1)
+    _encoder = Encoder(model_path, args)
+
+
+def _encode(record, folder):
+    return _encoder(record, folder)
+
+
+# ---------------------------------------------------------------------------------------------------- 8. checkpoints
+
+
+def save_model(model, processor, folder: str | Path):
+    """Write weights (safetensors), config and processor so that plain from_pretrained loads them, in one float type.
+
+    fp32 as soon as one parameter is fp32: a mix would be rounded down to the first one's type on loading.
+    """
+    types = {parameter.dtype for parameter in model.parameters()}
+    state = None
+    if len(types) > 1:
+        state = {name: tensor.to("cpu", torch.float32) if tensor.is_floating_point() else tensor
+                 for name, tensor in model.state_dict().items()}  # fmt: skip
+    model.save_pretrained(folder, state_dict=state)
+    if len(types) > 1:
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config["dtype"] = "float32"
+        write_json(Path(folder) / "config.json", config)
+    processor.save_pretrained(folder)
+
+
+def write_json(path: Path, value):
+    """Write JSON aside, then rename: the file is never half there."""
+    aside = path.with_name(f".{path.name}.aside")
+    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def publish_model(model, processor, output_dir: str | Path):
+    """save_model into `output_dir` itself: written aside, then moved file by file."""
+    aside = Path(output_dir) / ".model.aside"
+    shutil.rmtree(aside, ignore_errors=True)
+    save_model(model, processor, aside)
+    for file in aside.iterdir():
+        os.replace(file, Path(output_dir) / file.name)
+    aside.rmdir()
+
+
+def save_checkpoint(output_dir: str, step: int, model, processor, optimizer, scaler, state: dict) -> Path:
+    """Write `checkpoint-{step}`: model, optimizer, loss scale, random states and `state`; published by one rename.
+
+    Written aside, checked, fsynced, then renamed: a checkpoint that has its name is complete.
+    """
+    final, aside = Path(output_dir) / f"checkpoint-{step}", Path(output_dir) / f".checkpoint-{step}.aside"
+    shutil.rmtree(aside, ignore_errors=True)
+    save_model(model, processor, aside)
+    names = _parameter_names(model, optimizer)
+    tensors, numbers = {}, {}
+    for i, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{names[i]}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                numbers[f"{names[i]}/{key}"] = value
+    save_file(tensors, aside / "optimizer.safetensors")
+    random_states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_states["cuda"] = torch.cuda.get_rng_state()
+    save_file(random_states, aside / "random_states.safetensors")
+    write_json(aside / "trainer_state.json", {**state, "optimizer": numbers, "scaler": scaler.state_dict()})
+    sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
+    write_json(aside / "manifest.json", sizes)
+    if problem := checkpoint_problem(aside):
+        raise OSError(f"{aside}: {problem} after writing: the disk is full or failing; earlier checkpoints are intact")
+    for file in aside.iterdir():
+        _fsync(file)
+    _fsync(aside)
+    if final.exists():  # the same step of an earlier attempt
+        _remove_folder(final)
+    os.rename(aside, final)
+    _fsync(final.parent)
+    return final
+
+
+def _fsync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_folder(folder):
+    """Delete a checkpoint so that an interruption never leaves half of one under its name."""
+    dying = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(dying, ignore_errors=True)
+    os.rename(folder, dying)
+    shutil.rmtree(dying)
+
+
+def _parameter_names(model, optimizer):
+    """Names of the optimizer's parameters in the order in which its state_dict numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """What keeps a checkpoint from being complete (missing file, wrong size, torn safetensors header), or None."""
+    manifest = Path(folder) / "manifest.json"
+    if not manifest.is_file():
+        return "manifest.json is missing"
+    for name, size in json.loads(manifest.read_text()).items():
+        file = Path(folder) / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+            except SafetensorError as error:
+                return f"{name} is damaged: {error}"
+    return None
+
+
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """The folders `checkpoint-N` in `output_dir`, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(args: TrainingArguments) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means: a path, or with auto the newest complete one, if any.
+
+    Raises:
+        ValueError: the named checkpoint is not complete.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint != "auto":
+        folder = Path(args.resume_from_checkpoint)
+        if problem := checkpoint_problem(folder):
+            raise ValueError(f"--resume_from_checkpoint {folder}: {problem}; auto takes the newest complete one")
+        return folder
+    for folder in reversed(list_checkpoints(args.output_dir)):
+        if problem := checkpoint_problem(folder):
+            say(f"{folder} is skipped: {problem}")
+            continue
+        return folder
+    say(f"no complete checkpoint in {args.output_dir}: starting from the beginning")
+    return None
+
+
+def restore_checkpoint(folder: Path, model, optimizer, scaler, state: dict) -> dict:
+    """Load optimizer, loss scale and random states (the weights are load_model's) and return the trainer's state.
+
+    `state` holds the values that decide the record order (as saved by save_checkpoint): they must be the same.
+
+    Raises:
+        ValueError: the run is not the one that wrote the checkpoint, or a piece of the optimizer is missing.
+    """
+    saved = json.loads((folder / "trainer_state.json").read_text())
+    changed = [f"{key}: {saved['order'].get(key)} then, {value} now" for key, value in state["order"].items()
+               if saved["order"].get(key) != value]  # fmt: skip
+    if changed:
+        raise ValueError(f"{folder} belongs to another run; these differ:\n  • " + "\n  • ".join(changed)
+                         + "\nGive the same values, or start in another --output_dir")  # fmt: skip
+    names = _parameter_names(model, optimizer)
+    tensors, numbers = load_file(folder / "optimizer.safetensors"), saved["optimizer"]
+    optimizer_state = {i: {} for i in range(len(names))}
+    index = {name: i for i, name in enumerate(names)}
+    for values in (tensors, numbers):
+        for entry, value in values.items():
+            name, key = entry.rsplit("/", 1)
+            if name not in index:
+                raise ValueError(f"{folder}: optimizer state of {name}, which this run does not train")
+            optimizer_state[index[name]][key] = value
+    if (tensors or numbers) and (missing := [names[i] for i, values in optimizer_state.items() if not values]):
+        raise ValueError(f"{folder}: no optimizer state for {len(missing)} parameters, first {missing[0]}")
+    if tensors or numbers:
+        optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+    random_states = load_file(folder / "random_states.safetensors")
+    torch.set_rng_state(random_states["cpu"])
+    if "cuda" in random_states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random_states["cuda"])
+    scaler.load_state_dict(saved["scaler"])
+    return saved
+
+
+def prune_checkpoints(output_dir: str, keep: int | None, best: str | None):
+    """Delete the oldest checkpoints beyond `keep`; the best one stays."""
+    folders = list_checkpoints(output_dir)
+    spare = [folder for folder in folders[:-1] if folder.name != best]
+    for folder in spare[: max(0, len(folders) - keep) if keep else 0]:
+        _remove_folder(folder)
+
+
+def describe_run(
+    args: TrainingArguments, model, encoder: Encoder, records: Dataset, total_steps: int, world_size: int
+):
+    """Print what was asked and what was got: batch arithmetic, trainable parameters, sizes, frames and tokens."""
+    rows = args.gradient_accumulation_steps
+    per_step = args.per_device_train_batch_size * rows * world_size
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = {part: sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and part_of(n) == part)
+             for part in ("vision", "merger", "llm")}  # fmt: skip
+    parts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    if args.video_resized_width:
+        height, width = smart_resize(args.video_resized_height, args.video_resized_width, encoder.factor,
+                                     IMAGE_MIN_TOKENS * encoder.factor**2,
+                                     IMAGE_MAX_TOKENS * encoder.factor**2)  # fmt: skip
+        size = f"{args.video_resized_width}×{args.video_resized_height} asked → {width}×{height} pixels"
+        size += f", {visual_tokens(2, height, width, encoder.factor)} tokens per 2 frames"
+    else:
+        size = f"{args.video_min_pixels} to {args.video_max_pixels} pixels per frame, aspect kept"
+    if args.nframes:
+        frames = f"{round(args.nframes / FRAME_FACTOR) * FRAME_FACTOR} per video (--nframes {args.nframes})"
+    else:
+        floor = f"{args.min_frames} below {(args.min_frames + FRAME_FACTOR) / args.fps:g} s (--min_frames)"
+        frames = f"{args.fps:g} per second of video, {floor}, at most {args.max_frames}"
+    first = encoder(records[0], args.image_folder)
+    visual = (
+        sum(t * h * w for t, h, w in first["video_grid_thw"]) // encoder.merge_size**2 if "input_ids" in first else "?"
+    )
+    arithmetic = f"{args.per_device_train_batch_size} samples × {rows} rows × {world_size} processes"
+    say(f"""  records    {len(records)}, {per_step} per step = {arithmetic}
+  steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
+  trained    {trained:,} parameters: {parts}; types: {", ".join(kinds)}
+  video      {size}
+  frames     {frames}
+  sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual
+  output     {args.output_dir}""")  # fmt: skip
+
+
+def append_jsonl(path: Path, row: dict):
+    """Append one JSON object as a line and hand it to the operating system at once."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cut_metrics(path: Path, step: int):
+    """Drop the rows of metrics.jsonl after `step` (and a torn last line): the resumed run writes them again."""
+    if not path.exists():
+        return
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows += [line] if row["step"] <= step else []
+    aside = path.with_name(f".{path.name}.aside")
+    aside.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+    os.replace(aside, path)

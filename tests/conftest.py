@@ -1,0 +1,45 @@
+"""Shared fixtures: everything is made once per session, on the spot, without any download."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT, ROOT / "tools", ROOT / "tests"):
+    sys.path.insert(0, str(folder))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_caches(tmp_path_factory):
+    """Arrow files go to a folder of this session, so that every run converts anew."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a tiny random Qwen2.5-VL with its processor."""
+    from make_demo import save_tiny_model
+
+    path = tmp_path_factory.mktemp("models") / "qwen2_5_vl"
+    save_tiny_model(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_vl(tmp_path_factory):
+    """Folder of a tiny random Qwen2-VL with its processor."""
+    from make_demo import save_tiny_model
+
+    path = tmp_path_factory.mktemp("models") / "qwen2_vl"
+    save_tiny_model(path, family="qwen2_vl")
+    return str(path)

@@ -1,0 +1,295 @@
+"""Supervised fine-tuning of Qwen-VL on conversations with many videos.
+
+    loss = − Σ log p(token | everything before it in its own sample) / number of supervised tokens
+
+summed over the assistant turns of the whole accumulation window on all processes. Left out on purpose: padding
+(samples are packed into one row and cannot see each other), a Trainer class, logits of tokens without a label.
+
+One record (JSON or JSONL; README.md has the other formats):
+    {"id": "1", "video": ["a.mp4", "b.mp4"], "conversations": [
+        {"from": "human", "value": "<video>\\n<video>\\nWhat changed?"}, {"from": "gpt", "value": "The colour."}]}
+
+Launch, on a CPU or one GPU:
+    accelerate launch --config_file accelerate_configs/cpu.yaml train_sft.py \\
+        --model_id demo/model --data_path demo/sft_train.json --output_dir out
+    accelerate launch --config_file accelerate_configs/one_gpu.yaml train_sft.py \\
+        --model_id Qwen/Qwen2.5-VL-7B-Instruct --data_path data.json --image_folder videos/ --bf16 True \\
+        --video_resized_width 64 --video_resized_height 64 --fps 0.25 --output_dir out
+"""
+
+import contextlib
+import json
+import math
+import resource
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+import multivideo as mv
+
+
+@dataclass
+class SFTArguments(mv.TrainingArguments):
+    """All flags are the shared ones."""
+
+
+def sft_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed negative log-likelihood in nats: logits [1, S, V] at the supervised positions, targets [S] → scalar."""
+    return -mv.token_logps(logits, targets).sum() if len(targets) else logits.sum() * 0.0
+
+
+def normalize_record(record: dict, where: str) -> dict:
+    """A record with something to learn from: every assistant turn has text."""
+    row = mv.normalize_conversation(record, where)
+    answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
+    if not answers:
+        raise ValueError(f"{where}: no assistant ('gpt') turn, so there is nothing to learn; add the answer")
+    if not all(any((part["text"] or "").strip() for part in answer) for answer in answers):
+        raise ValueError(f"{where}: an assistant ('gpt') turn without text; write the answer or drop the record")
+    return row
+
+
+@torch.no_grad()
+def evaluate(model, stream, records, encoder, args, accelerator, autocast) -> dict:
+    """Loss per supervised token over all of `records`: `{"eval_loss", "eval_samples", "eval_tokens"}`."""
+    model.eval()
+    rows = mv.micro_batches(list(range(len(records))), args.per_device_eval_batch_size,
+                            accelerator.process_index, accelerator.num_processes)  # fmt: skip
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, tokens, samples
+    bar = tqdm(total=len(rows), desc="eval", leave=False, disable=not accelerator.is_main_process)
+    for samples in stream.batches(records, rows, args.eval_image_folder):
+        inputs, targets = mv.pack(samples, encoder, accelerator.device)
+        with autocast():
+            loss = sft_loss(model(**inputs).logits, targets)
+        kept = sum("input_ids" in sample for sample in samples)
+        sums += torch.tensor([loss.item(), len(targets), kept], dtype=torch.float64, device=sums.device)
+        bar.update()
+    bar.close()
+    model.train()
+    loss, tokens, samples = accelerator.reduce(sums).tolist()
+    return {"eval_loss": loss / max(tokens, 1), "eval_samples": int(samples), "eval_tokens": int(tokens)}
+
+
+def main():
+    args = mv.parse_arguments(SFTArguments)
+    trackers = [] if args.report_to == ["none"] else args.report_to
+    accelerator = Accelerator(log_with=trackers or None, project_dir=args.output_dir)
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics_path = output_dir / "metrics.jsonl"
+
+    # ---- data: everything that can be wrong with it is said before any weight is loaded
+    args.image_folder = args.image_folder or str(Path(args.data_path).parent)
+    args.eval_image_folder = args.eval_image_folder or args.image_folder
+    with accelerator.main_process_first():
+        records = mv.load_records(args.data_path, normalize_record)
+        eval_records = mv.load_records(args.eval_path, normalize_record) if args.eval_path else None
+    encoder = mv.Encoder(args.model_id, args)
+    stream = mv.SampleStream(encoder, args)
+    batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
+    samples_per_step = batch_size * args.gradient_accumulation_steps * world_size
+    total_steps = mv.count_steps(len(records), samples_per_step, args)
+    math.ceil(len(records) / samples_per_step)
+
+    # ---- model and optimizer
+    resumed = mv.find_checkpoint(args)
+    model = mv.load_model(args, accelerator.device, resumed)
+    raw_model = model
+    optimizer = mv.make_optimizer(model, args)
+    model = accelerator.prepare(model)
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=args.fp16)
+    dtype = mv.autocast_dtype(args)
+
+    def autocast():
+        return torch.autocast(accelerator.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    # ---- resume: `state` is everything that is not a tensor
+    state = {
+        "step": 0, "samples_seen": 0, "bad_steps": 0, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
+        "order": {"records": len(records), "samples_per_step": samples_per_step, "seed": args.seed},
+    }  # fmt: skip
+    if resumed:
+        state = mv.restore_checkpoint(resumed, raw_model, optimizer, scaler, state)
+    if is_main:
+        mv.cut_metrics(metrics_path, state["step"])
+        mv.write_json(output_dir / "arguments.json", asdict(args))
+    if trackers:
+        config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
+        names = {"wandb": {"name": args.run_name}} if args.run_name else {}
+        accelerator.init_trackers(output_dir.name, config, names)
+    mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
+
+    # ---- the loop
+    position, windows = state["samples_seen"], []  # windows: (record indices, samples seen after) of steps to come
+
+    def rows_ahead():
+        """This process's rows, step after step; each step's window is noted for the loop."""
+        steps = mv.step_windows(len(records), samples_per_step, args.seed, position)
+        for _, (window, seen) in zip(range(state["step"], total_steps), steps):
+            rows = mv.micro_batches(window, batch_size, accelerator.process_index, world_size)
+            windows.append((len(rows), seen))
+            yield from rows
+
+    row_stream = stream.batches(records, rows_ahead(), args.image_folder)
+    bar = tqdm(total=total_steps, initial=state["step"], desc="train", disable=not is_main)
+    model.train()
+    stop = state["step"] >= total_steps
+    while not stop:
+        started = time.perf_counter()
+        rows = [next(row_stream)]
+        num_rows, state["samples_seen"] = windows.pop(0)
+        rows += [next(row_stream) for _ in range(num_rows - 1)]
+        data_wait = time.perf_counter() - started
+        packed = [mv.pack(samples, encoder, accelerator.device) for samples in rows]
+        encoded = [sample for samples in rows for sample in samples]
+        kept = [sample for sample in encoded if "input_ids" in sample]
+        counts = {
+            "samples": len(kept),
+            "skipped_samples": len(encoded) - len(kept),
+            "shrunk_samples": sum(sample["shrunk"] for sample in kept),
+            "videos": sum(sample["num_videos"] for sample in kept),
+            "images": sum(sample["num_images"] for sample in kept),
+            "tokens": sum(sample["num_tokens"] for sample in kept),
+            "supervised_tokens": sum(len(targets) for _, targets in packed),
+        }
+        sums = torch.tensor(list(counts.values()), dtype=torch.float64, device=accelerator.device)
+        counts = dict(zip(counts, (int(count) for count in accelerator.reduce(sums).tolist())))
+        window_tokens = max(counts["supervised_tokens"], 1)
+
+        factor = mv.lr_factor(state["step"], total_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        step_loss = torch.zeros((), device=accelerator.device)
+        for k, (inputs, targets) in enumerate(packed):
+            last = k == len(packed) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                with autocast():
+                    # DDP averages gradients over processes: times world_size makes it the sum over the window.
+                    loss = sft_loss(model(**inputs).logits, targets) * world_size / window_tokens
+                step_loss += loss.detach() / world_size
+                if last:
+                    step_loss = accelerator.reduce(step_loss)
+                    if not torch.isfinite(step_loss):
+                        break
+                scaler.scale(loss).backward()
+        loss_finite = bool(torch.isfinite(step_loss))
+
+        grad_norm, scale = math.nan, scaler.get_scale()
+        if loss_finite:
+            scaler.unscale_(optimizer)
+            limit = args.max_grad_norm or math.inf
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+            if math.isfinite(grad_norm) or args.fp16:  # under fp16 the scaler skips the step and lowers its scale
+                scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] += 1
+        overflow = args.fp16 and scaler.get_scale() < scale
+        bad = not loss_finite or (not math.isfinite(grad_norm) and not overflow)
+        state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
+        epoch = state["samples_seen"] / len(records)
+
+        # ---- log
+        seconds = time.perf_counter() - started
+        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
+        ids = [sample["id"] for sample in encoded]
+        row = {
+            "step": state["step"],
+            "epoch": round(epoch, 6),
+            "loss": float(step_loss),
+            "learning_rate": args.learning_rate * factor,
+            "grad_norm": grad_norm,
+            **counts,
+            "records_crc32": zlib.crc32(json.dumps(ids).encode()),
+            "step_seconds": round(seconds, 4),
+            "data_wait_seconds": round(data_wait, 4),
+            "max_memory_gb": round(memory, 3),
+        }
+        if bad or overflow:
+            row |= {"not_finite": "loss" if not loss_finite else "gradient", "record_ids": ids}
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
+        if is_main:
+            mv.append_jsonl(metrics_path, row)
+        if trackers and state["step"] % args.logging_steps == 0:
+            accelerator.log(
+                {key: value for key, value in row.items() if isinstance(value, (int, float))}, state["step"]
+            )
+        bar.set_postfix_str(
+            f"loss {float(step_loss):.4f}, {counts['samples'] / seconds:.1f} samples/s, "
+            f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}"
+        )
+        bar.update()
+        if state["bad_steps"] >= args.max_bad_steps:
+            raise FloatingPointError(
+                f"{args.max_bad_steps} steps in a row had a loss or gradient that is not finite; the newest checkpoint "
+                f"has the last good weights. Records of the last step: {ids[:8]}"
+            )
+
+        # ---- eval
+        ends_epoch = state["samples_seen"] % len(records) == 0
+        stop = state["step"] >= total_steps
+        improved = False
+        due = {"no": False, "steps": state["step"] % (args.eval_steps or args.logging_steps) == 0, "epoch": ends_epoch}
+        if eval_records and (due[args.eval_strategy] or (stop and args.eval_strategy != "no")):
+            result = evaluate(model, stream, eval_records, encoder, args, accelerator, autocast)
+            if args.metric_for_best_model.removeprefix("eval_") not in {key.removeprefix("eval_") for key in result}:
+                raise ValueError(
+                    f"--metric_for_best_model {args.metric_for_best_model}: evaluation gives {', '.join(result)}"
+                )
+            metric = result[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
+            gain = (
+                math.inf if state["best"] is None else (metric - state["best"]) * (1 if args.greater_is_better else -1)
+            )
+            improved = gain > 0
+            state["evals_without_gain"] = (
+                0 if gain > args.early_stopping_threshold else state["evals_without_gain"] + 1
+            )
+            state["best"] = metric if improved else state["best"]
+            if is_main:
+                mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
+            if trackers:
+                accelerator.log(result, state["step"])
+            bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
+            if args.early_stopping_patience and state["evals_without_gain"] >= args.early_stopping_patience:
+                bar.write(f"stopping early: {state['evals_without_gain']} evaluations without improvement")
+                stop = True
+
+        # ---- save
+        due = {"no": False, "steps": state["step"] % args.save_steps == 0, "epoch": ends_epoch}
+        if args.save_strategy != "no" and (due[args.save_strategy] or (improved and args.load_best_model_at_end)):
+            if improved:
+                state["best_checkpoint"] = f"checkpoint-{state['step']}"
+            if is_main:
+                mv.save_checkpoint(
+                    args.output_dir, state["step"], raw_model, encoder.processor, optimizer, scaler, state
+                )
+                mv.prune_checkpoints(args.output_dir, args.save_total_limit, state["best_checkpoint"])
+            accelerator.wait_for_everyone()
+
+    bar.close()
+    row_stream.close()
+    stream.close()
+    if args.load_best_model_at_end and state["best_checkpoint"]:
+        del model, optimizer
+        raw_model = mv.load_model(args, "cpu", output_dir / state["best_checkpoint"])
+        mv.say(f"final model: {state['best_checkpoint']}, {args.metric_for_best_model} {state['best']:.6g}")
+    if is_main:
+        mv.publish_model(raw_model, encoder.processor, output_dir)
+        mv.say(f"saved to {output_dir}; every step is in {metrics_path}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
