@@ -1,0 +1,357 @@
+"""Packed rows against the plain HF model, one unpacked sample at a time through the HF processor (fp32 on a CPU)."""
+
+import copy
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import hf_inputs, hf_loss, write_clip
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import multivideo as mv
+from train_sft import normalize_record, sft_loss
+
+SIZES = [(28, 28), (56, 56), (84, 56), (112, 112), (56, 168), (224, 140)]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Clips and images whose sides are multiples of 28: no resize, so pixels are equal to the last bit."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(30):
+        width, height = SIZES[i % 6] if i % 6 < 3 else SIZES[i % 3]
+        write_clip(folder / f"{i}.mp4", width, height, 6 + 5 * (i % 3), rate=[8, 25, 30][i % 3], seed=i)
+    write_clip(folder / "large.mp4", 224, 140, 12, seed=99)
+    write_clip(folder / "middle.mp4", 112, 112, 20, rate=4, seed=98)
+    for i in range(2):
+        noise = np.random.default_rng(i).integers(0, 255, (56 + 28 * i, 84, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def records():
+    """Thirty videos, one video, two images, image and video, text only, several turns with videos in each."""
+
+    def talk(*turns, **media):
+        roles = ["human", "gpt"] * len(turns)
+        return {**media, "conversations": [{"from": r, "value": v} for r, v in zip(roles, turns)]}
+
+    raw = [
+        talk("What do these show?", "Thirty clips of moving noise.", video=[f"{i}.mp4" for i in range(30)]),
+        talk("Describe <video> now.", "One large clip.", video="large.mp4"),
+        talk("<image>\nand\n<image>\ndiffer?", "Yes, they do.", image=["0.png", "1.png"]),
+        talk("<image>\nwith\n<video>\nwhat?", "A still and a clip.", image="0.png", video="middle.mp4"),
+        talk("No pictures at all. Who are you?", "A model."),
+        talk("<video>\nfirst", "One.", "then <video>\n<video>\n", "Two and three.", video=["3.mp4", "4.mp4", "5.mp4"]),
+    ]
+    return [normalize_record(record, f"record {i}") for i, record in enumerate(raw)]
+
+
+def arguments(model, **kwargs):
+    return mv.TrainingArguments(model_id=model, video_min_pixels=784, image_min_pixels=784, **kwargs)
+
+
+def packed_row(model_path, records, folder, **kwargs):
+    encoder = mv.Encoder(model_path, arguments(model_path, **kwargs))
+    samples = [encoder(record, folder) for record in records]
+    return encoder, samples
+
+
+def reference_losses(model_path, records, folder):
+    args, processor = arguments(model_path), AutoProcessor.from_pretrained(model_path)
+    model = AutoModelForImageTextToText.from_pretrained(model_path, attn_implementation="sdpa")
+    losses = [hf_loss(model, *hf_inputs(record, folder, args, processor)) for record in records]
+    sum(losses).backward()
+    return model, [loss.item() for loss in losses]
+
+
+def close_gradients(ours, theirs, tolerance=1e-5):
+    theirs = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        reference = theirs[name].grad
+        norm = reference.norm() if reference is not None else torch.tensor(0.0)
+        if norm > 1e-7:
+            assert (parameter.grad - reference).norm() / norm < tolerance, name
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model, records, clips):
+    return reference_losses(tiny_model, records, clips)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_row_equals_plain_model(tiny_model, records, clips, reference, checkpointing):
+    plain, losses = reference
+    encoder, samples = packed_row(tiny_model, records, clips)
+    assert [sample["num_videos"] for sample in samples] == [30, 1, 0, 1, 0, 3]
+    model = mv.load_model(arguments(tiny_model, gradient_checkpointing=checkpointing), "cpu").train()
+    inputs, targets = mv.pack(samples, encoder, "cpu")
+    logps = mv.token_logps(model(**inputs).logits, targets)
+    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
+    ours = [-part.sum().item() for part in logps.split(counts)]
+    assert ours == pytest.approx(losses, rel=1e-5)
+    (-logps.sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    close_gradients(model, plain)
+
+
+def test_packed_row_equals_plain_qwen2_vl(tiny_qwen2_vl, records, clips):
+    plain, losses = reference_losses(tiny_qwen2_vl, records, clips)
+    encoder, samples = packed_row(tiny_qwen2_vl, records, clips)
+    model = mv.load_model(arguments(tiny_qwen2_vl), "cpu").train()
+    loss = sft_loss(model(**(row := mv.pack(samples, encoder, "cpu"))[0]).logits, row[1])
+    assert loss.item() == pytest.approx(sum(losses), rel=1e-5)
+    loss.backward()
+    close_gradients(model, plain)
+
+
+def test_row_without_vision(tiny_model, records, clips):
+    """A text-only row carries the one-token dummy: same loss, and every tower parameter gets a zero gradient."""
+    encoder, samples = packed_row(tiny_model, [records[4]], clips)
+    plain, losses = reference_losses(tiny_model, [records[4]], clips)
+    model = mv.load_model(arguments(tiny_model), "cpu").train()
+    inputs, targets = mv.pack(samples, encoder, "cpu")
+    assert inputs["video_grid_thw"].tolist() == [[1, 2, 2]]
+    loss = sft_loss(model(**inputs).logits, targets)
+    assert loss.item() == pytest.approx(losses[0], rel=1e-5)
+    loss.backward()
+    close_gradients(model, plain)
+    tower = [parameter.grad for name, parameter in model.named_parameters() if "visual." in name]
+    assert all(grad is not None and not grad.any() for grad in tower)
+    empty, nothing = mv.pack([], encoder, "cpu")
+    model.zero_grad()
+    sft_loss(model(**empty).logits, nothing).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+def sample_losses(model, samples, encoder):
+    inputs, targets = mv.pack(samples, encoder, "cpu")
+    with torch.no_grad():
+        logps = mv.token_logps(model(**inputs).logits, targets)
+    return [part.sum().item() for part in logps.split([int((s["labels"] != -100).sum()) for s in samples])]
+
+
+def test_poison(tiny_model, records, clips):
+    """One sample's pixels move no other sample by one bit; every single video of thirty moves its own."""
+    encoder, samples = packed_row(tiny_model, [records[i] for i in (1, 0, 3)], clips)
+    model = mv.load_model(arguments(tiny_model), "cpu").eval()
+    before = sample_losses(model, samples, encoder)
+    patches_per_clip = samples[1]["video_grid_thw"].prod(1)
+    starts = [0, *np.cumsum(patches_per_clip).tolist()]
+    for k in range(30):
+        poisoned = copy.deepcopy(samples)
+        patches = poisoned[1]["patches"]
+        if k % 2:  # blank
+            patches[starts[k] : starts[k + 1]] = 0
+        else:  # another picture
+            patches[starts[k] : starts[k + 1]] = 255 - patches[starts[k] : starts[k + 1]]
+        after = sample_losses(model, poisoned, encoder)
+        assert after[1] != before[1], f"video {k} is not used"
+        assert (after[0], after[2]) == (before[0], before[2]), f"video {k} leaks into another sample"
+    # swap each video with the next one of the same grid
+    grids = [tuple(grid) for grid in samples[1]["video_grid_thw"].tolist()]
+    swaps = 0
+    for k in range(30):
+        j = next((j for j in range(k + 1, 30) if grids[j] == grids[k]), None)
+        if j is None:
+            continue
+        swapped = copy.deepcopy(samples)
+        a, b = slice(starts[k], starts[k + 1]), slice(starts[j], starts[j + 1])
+        swapped[1]["patches"][a], swapped[1]["patches"][b] = samples[1]["patches"][b], samples[1]["patches"][a]
+        after = sample_losses(model, swapped, encoder)
+        assert after[1] != before[1], f"swapping videos {k} and {j} changes nothing"
+        assert (after[0], after[2]) == (before[0], before[2])
+        swaps += 1
+    assert swaps >= 20
+
+
+def test_shared_prefix(tiny_model):
+    """A prefix with three suffixes that do not see each other equals three separate sequences, gradients too."""
+    torch.manual_seed(0)
+    plain = AutoModelForImageTextToText.from_pretrained(tiny_model, attn_implementation="sdpa")
+    model = mv.load_model(arguments(tiny_model), "cpu").train()
+    prefix, suffixes = torch.randint(0, 200, (1, 23)), [torch.randint(0, 200, (1, n)) for n in (7, 12, 5)]
+    video = torch.tensor([[model.config.video_token_id]])
+    expected = []
+    for suffix in suffixes:
+        ids = torch.cat([prefix, suffix], 1)
+        logps = plain(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        expected.append(logps[22:-1].gather(1, suffix.T).sum())
+    row = torch.cat([prefix, *suffixes, video], 1)
+    lengths = [23, 7, 12, 5, 1]
+    positions = torch.cat([torch.arange(23), *(torch.arange(23, 23 + n) for n in lengths[1:4]), torch.zeros(1).long()])
+    plan = mv.AttentionPlan.make(lengths, [None, 0, 0, 0, None])
+    logits = model(
+        input_ids=row, position_ids=positions.expand(4, 1, -1), plan=plan, use_cache=False,
+        pixel_values_videos=torch.zeros(4, 1176), video_grid_thw=torch.tensor([[1, 2, 2]]),
+    ).logits[0]  # fmt: skip
+    ours, start = [], 23
+    for suffix in suffixes:
+        n = suffix.shape[1]
+        rows = torch.tensor([22, *range(start, start + n - 1)])
+        ours.append(logits[rows].log_softmax(-1).gather(1, suffix.T).sum())
+        start += n
+    assert torch.stack(ours).tolist() == pytest.approx(torch.stack(expected).tolist(), rel=1e-5)
+    sum(ours).backward()
+    sum(expected).backward()
+    close_gradients(model, plain)
+
+
+def fake_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """What torch documents of varlen_attn, written out: [T, H, D], causal aligned to the last key of each segment."""
+    assert key.shape[1] == query.shape[1] or enable_gqa
+    assert max_q == int((cu_seq_q[1:] - cu_seq_q[:-1]).max()) and max_k == int((cu_seq_k[1:] - cu_seq_k[:-1]).max())
+    outputs = []
+    for a, b, c, d in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:]):
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d]))
+        mask = torch.ones(b - a, d - c, dtype=torch.bool)
+        if window_size == (-1, 0):
+            mask = mask.tril((d - c) - (b - a))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def test_varlen_arguments(tiny_model, records, clips, monkeypatch):
+    """The CUDA path's arguments, through a stand-in with torch's own signature, give the CPU path's numbers."""
+    from torch.nn.attention import varlen
+
+    torch_names = list(inspect.signature(varlen.varlen_attn).parameters)
+    assert set(inspect.signature(fake_varlen).parameters) <= set(torch_names)
+    encoder, samples = packed_row(tiny_model, records, clips)
+    model = mv.load_model(arguments(tiny_model), "cpu").eval()
+    expected = sample_losses(model, samples, encoder)
+    monkeypatch.setattr(varlen, "varlen_attn", fake_varlen)
+    mv.use_packed_attention(model, "varlen")
+    assert sample_losses(model, samples, encoder) == pytest.approx(expected, rel=1e-5)
+    lengths, prefixes = [9, 4, 6, 3], [None, 0, 0, None]
+    torch.manual_seed(1)
+    q, k, v = torch.randn(1, 4, 22, 8), torch.randn(1, 2, 22, 8), torch.randn(1, 2, 22, 8)
+    module = torch.nn.Module()
+    module.is_causal = True
+    plan = mv.AttentionPlan.make(lengths, prefixes)
+    by_kernel = [
+        mv.packed_attention(module, q, k, v, None, plan=plan, kernel=kernel)[0] for kernel in ("sdpa", "varlen")
+    ]
+    torch.testing.assert_close(*by_kernel, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_without_plan_is_refused(tiny_model):
+    model = mv.load_model(arguments(tiny_model), "cpu")
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    model.set_attn_implementation("sdpa")
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape[1] == 3
+
+
+def test_logps_in_chunks():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(1, 50, 31, requires_grad=True), torch.randint(0, 31, (50,))
+    whole = mv.token_logps(logits, targets)
+    expected = logits[0].log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(whole, expected)
+    (gradient,) = torch.autograd.grad(whole.sum(), logits)
+    chunked = mv.token_logps(logits, targets, chunk=16)
+    torch.testing.assert_close(chunked, expected)
+    torch.testing.assert_close(torch.autograd.grad(chunked.sum(), logits)[0], gradient)
+
+
+@pytest.mark.parametrize("rows", [(1, 4), (2, 2), (4, 1)])
+def test_accumulation(tiny_model, records, clips, rows):
+    """1×4, 2×2 and 4×1 samples × rows give the gradients of the plain model over the window's tokens."""
+    batch_size, num_rows = rows
+    encoder, samples = packed_row(tiny_model, records[2:], clips)
+    plain, losses = reference_losses(tiny_model, records[2:], clips)
+    tokens = sum(int((sample["labels"] != -100).sum()) for sample in samples)
+    for parameter in plain.parameters():
+        parameter.grad = parameter.grad / tokens if parameter.grad is not None else None
+    model, total = mv.load_model(arguments(tiny_model), "cpu").train(), 0.0
+    window = mv.micro_batches([0, 1, 2, 3], batch_size, rank=0, world_size=1)
+    assert len(window) == num_rows
+    for row in window:
+        inputs, targets = mv.pack([samples[i] for i in row], encoder, "cpu")
+        loss = sft_loss(model(**inputs).logits, targets) / tokens
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(sum(losses) / tokens, rel=1e-5)
+    close_gradients(model, plain)
+
+
+def test_small_learning_rate_moves_weights(tiny_model):
+    """At 2e-6 a weight of 0.02 moves in fp32 (--bf16) and stands still in bf16 (--pure_bf16)."""
+    for flags, moves in (({"bf16": True}, True), ({"pure_bf16": True}, False)):
+        args = arguments(tiny_model, learning_rate=2e-6, **flags)
+        model = mv.load_model(args, "cpu")
+        optimizer = mv.make_optimizer(model, args)
+        weight = model.model.language_model.layers[0].mlp.up_proj.weight
+        big = weight.detach().abs() >= 0.02
+        before = weight.detach().clone()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert bool((weight.detach() != before)[big].any()) is moves
+
+
+@pytest.mark.parametrize("flags", [{"bf16": True}, {"fp16": True}])
+def test_frozen_parts_and_types(tiny_model, flags):
+    args = arguments(
+        tiny_model, freeze_vision_tower=True, unfreeze_topk_vision=1, freeze_llm=True, unfreeze_topk_llm=1, **flags
+    )
+    model = mv.load_model(args, "cpu")
+    low = mv.autocast_dtype(args)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {low}
+    places = {".".join(name.split(".")[:4]) for name in trained}
+    assert {place for place in places if "merger" not in place} == {
+        "model.visual.blocks.1",
+        "model.language_model.layers.1",
+    }
+    assert any("visual.merger" in name for name in trained) and "lm_head.weight" not in trained
+
+
+def test_learning_rate_per_part(tiny_model):
+    args = arguments(tiny_model, learning_rate=1e-4, vision_lr=1e-6, merger_lr=1e-5, weight_decay=0.1)
+    model = mv.load_model(args, "cpu")
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = {}
+    for group in mv.make_optimizer(model, args).param_groups:
+        for parameter in group["params"]:
+            seen[names[id(parameter)]] = group["peak_lr"], group["weight_decay"]
+    assert set(seen) == set(names.values())
+    assert seen["model.visual.merger.mlp.0.weight"] == (1e-5, 0.1)
+    assert seen["model.visual.blocks.0.attn.qkv.bias"] == (1e-6, 0.0)
+    assert seen["model.language_model.norm.weight"] == (1e-4, 0.0)
+    assert seen["lm_head.weight"] == (1e-4, 0.1)
+
+
+@pytest.mark.parametrize("name", mv.LR_SCHEDULES)
+def test_schedules_equal_transformers(name):
+    import transformers
+
+    args = mv.TrainingArguments(lr_scheduler_type=name, warmup_ratio=0.15)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_scheduler(name, optimizer, num_warmup_steps=6, num_training_steps=40)
+    for step in range(40):
+        assert mv.lr_factor(step, 40, args) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_optimizers_train(tiny_model):
+    """Every --optim value takes a step on every kind of parameter."""
+    for name in mv.OPTIMIZERS:
+        args = arguments(tiny_model, optim=name, learning_rate=1e-3)
+        model = mv.load_model(args, "cpu")
+        optimizer = mv.make_optimizer(model, args)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moved = [n for n, p in model.named_parameters() if not torch.equal(p.detach(), before[n])]
+        assert len(moved) == len(before), name

@@ -1,0 +1,305 @@
+"""train_sft.py launched for real on a tiny model: what it prints, writes, saves, resumes and refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import multivideo as mv
+
+ROOT = Path(__file__).resolve().parent.parent
+VOLATILE = {"step_seconds", "data_wait_seconds", "max_memory_gb"}
+
+
+def launch(*command, cwd=ROOT, check=True):
+    """Run a command of the project with the test environment's Python; returns it with its text output."""
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=env, text=True, capture_output=True, timeout=400
+    )
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done
+
+
+def accelerate(*flags, **kwargs):
+    config = ["--config_file", "accelerate_configs/cpu.yaml"]
+    return launch(Path(sys.executable).parent / "accelerate", "launch", *config, "train_sft.py", *flags, **kwargs)
+
+
+def metrics(folder, volatile=False):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if volatile or k not in VOLATILE} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The shortened demo: 24 training and 12 held-out records of 30 real H.264 clips each, and a tiny model."""
+    folder = tmp_path_factory.mktemp("demo")
+    launch(sys.executable, "tools/make_demo.py", "--small", "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(demo):
+    """The flags that all runs of this file share: 20 steps of 2 rows of 2 samples, 24 records, so 4 epochs begin."""
+    return [
+        "--model_id", demo / "model", "--data_path", demo / "sft_train.json", "--image_folder", demo / "videos",
+        "--video_resized_width", 64, "--video_resized_height", 64, "--nframes", 4, "--max_steps", 20,
+        "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--learning_rate", 3e-3,
+        "--lr_scheduler_type", "cosine", "--warmup_ratio", 0.1, "--dataloader_num_workers", 1,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def straight(demo, flags):
+    """20 steps without a break, evaluated and saved on the way, in demo/out."""
+    run = accelerate(
+        *flags, "--eval_path", demo / "sft_eval.json", "--eval_strategy", "steps", "--eval_steps", 10,
+        "--save_strategy", "steps", "--save_steps", 1, "--output_dir", demo / "out", "--report_to", "tensorboard",
+        "--logging_steps", 5,
+    )  # fmt: skip
+    return demo / "out", run.stderr
+
+
+def test_banner_and_progress(straight):
+    _, output = straight
+    assert "64×64 asked → 56×56 pixels, 4 tokens per 2 frames" in output
+    assert "24, 4 per step = 2 samples × 2 rows × 1 processes" in output
+    assert "30 videos, 0 images" in output and "240 visual" in output
+    assert "data wait" in output and "samples/s" in output and "videos/s" in output
+    assert "saved to" in output
+
+
+def test_metrics(straight):
+    folder, _ = straight
+    rows = metrics(folder, volatile=True)
+    train, evals = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in train] == list(range(1, 21)) and [row["step"] for row in evals] == [10, 20]
+    needed = {"step", "epoch", "loss", "learning_rate", "grad_norm", "samples", "videos", "tokens", "supervised_tokens",
+              "step_seconds", "data_wait_seconds", "max_memory_gb"}  # fmt: skip
+    assert all(needed <= set(row) for row in train)
+    assert all(row["samples"] == 4 and row["videos"] == 120 for row in train)
+    assert train[5]["epoch"] == 1 and train[19]["epoch"] == pytest.approx(20 / 6, abs=1e-5)
+    assert train[0]["learning_rate"] == 0 and max(row["learning_rate"] for row in train) == pytest.approx(3e-3)
+    assert train[-1]["loss"] < train[0]["loss"] - 0.5
+    assert evals[0]["eval_samples"] == 12 and evals[1]["eval_loss"] < evals[0]["eval_loss"]
+    assert list(folder.rglob("events.out.tfevents*"))
+    assert json.loads((folder / "arguments.json").read_text())["learning_rate"] == 3e-3
+
+
+def test_saved_model_loads_plainly(straight, demo):
+    folder, _ = straight
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.dtype == torch.float32 and AutoProcessor.from_pretrained(folder).tokenizer.eos_token == "<|im_end|>"
+    trained = load_file(folder / "checkpoint-20" / "model.safetensors")
+    before = load_file(demo / "model" / "model.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in load_file(folder / "model.safetensors").items())
+    assert all(not torch.equal(value, trained[name]) for name, value in before.items() if value.ndim > 1)
+    assert "flash" not in (folder / "config.json").read_text()
+    assert (
+        not list(folder.rglob("*.aside")) and not list(folder.rglob("*.removed")) and not list(folder.rglob("*.bin"))
+    )
+
+
+def test_loss_equals_plain_model(straight, demo, flags):
+    """The first step's loss is that of the plain HF model over the same four records."""
+    from reference import assistant_labels, hf_loss
+
+    args = mv.TrainingArguments(
+        model_id=str(demo / "model"), video_resized_width=64, video_resized_height=64, nframes=4
+    )
+    records = mv.load_records(str(demo / "sft_train.json"))
+    window, _ = next(mv.step_windows(len(records), 4, seed=42, position=0))
+    model = AutoModelForImageTextToText.from_pretrained(demo / "model")
+    processor, loss, tokens = AutoProcessor.from_pretrained(demo / "model"), 0.0, 0
+    for i in window:
+        clips = [mv.load_clip(part, str(demo / "videos"), args, 28)
+                 for turn in records[i]["messages"] for part in turn["content"] if part["type"] == "video"]  # fmt: skip
+        text = processor.apply_chat_template(
+            [{"role": turn["role"], "content": [{"type": part["type"], "text": part["text"]} for part in turn["content"]]}
+             for turn in records[i]["messages"]], tokenize=False,
+        )  # fmt: skip
+        metadata = [{"fps": fps, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]} for _, fps in clips]
+        inputs = processor(text=[text], videos=[frames for frames, _ in clips], video_metadata=metadata,
+                           do_resize=False, do_sample_frames=False, return_tensors="pt")  # fmt: skip
+        labels = assistant_labels(inputs["input_ids"][0].tolist(), processor.tokenizer)
+        with torch.no_grad():
+            loss += hf_loss(model, inputs, labels).item()
+        tokens += int((labels != -100).sum())
+    first = metrics(straight[0])[0]
+    assert first["supervised_tokens"] == tokens
+    assert first["loss"] == pytest.approx(loss / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [7, 13])
+def test_resume_is_bit_equal(straight, demo, flags, tmp_path, step):
+    """Resumed at a step: the same losses, rates, gradients, records and weights as without the break, bit for bit."""
+    folder, _ = straight
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    shutil.copy(folder / "metrics.jsonl", tmp_path)  # rows after the checkpoint must be dropped, not doubled
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 20, "lo')  # torn by a kill
+    launch(
+        sys.executable, "train_sft.py", *flags, "--eval_path", demo / "sft_eval.json", "--eval_strategy", "steps",
+        "--eval_steps", 10, "--save_strategy", "no", "--output_dir", tmp_path, "--resume_from_checkpoint", "auto",
+    )  # fmt: skip
+    assert metrics(tmp_path) == metrics(folder)
+    expected = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_demo_is_shown(straight, demo):
+    """show_demo.py answers with the trained model and draws the curve (accuracy needs the whole demo)."""
+    done = launch(sys.executable, "tools/show_demo.py", demo)
+    assert "right before training: " in done.stdout and "accelerate launch" in done.stdout
+    assert (demo / "loss.png").stat().st_size > 5000
+
+
+def in_process(monkeypatch, *flags):
+    """train_sft.main() in this process: no start-up, for runs of a few steps."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    import train_sft
+
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, flags), "--dataloader_num_workers", "0"])
+    train_sft.main()
+
+
+def test_early_stopping_and_best_model(demo, flags, tmp_path, monkeypatch):
+    """A rate that ruins the model: the best checkpoint survives pruning and becomes the final model."""
+    in_process(
+        monkeypatch, *flags[:-2], "--max_steps", 12, "--learning_rate", 0.5, "--lr_scheduler_type", "constant",
+        "--eval_path", demo / "sft_eval.json", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1,
+        "--save_total_limit", 1, "--load_best_model_at_end", "True", "--early_stopping_patience", 2,
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    evals = [row for row in metrics(tmp_path) if "eval_loss" in row]
+    best = min(evals, key=lambda row: row["eval_loss"])
+    assert evals[-1]["step"] == best["step"] + 2 < 12
+    names = [path.name for path in mv.list_checkpoints(tmp_path)]
+    assert f"checkpoint-{best['step']}" in names and len(names) <= 2
+    expected = load_file(tmp_path / f"checkpoint-{best['step']}" / "model.safetensors")
+    final = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in final.items())
+
+
+def test_bad_steps_change_nothing_and_end_the_run(demo, flags, tmp_path, monkeypatch):
+    """Infinite weights after one absurd step: the following steps are recorded with their records and update nothing."""
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        in_process(
+            monkeypatch, *flags[:-2], "--learning_rate", 1e30, "--lr_scheduler_type", "constant", "--max_bad_steps", 3,
+            "--save_strategy", "no", "--output_dir", tmp_path,
+        )  # fmt: skip
+    rows = metrics(tmp_path)
+    assert [row["not_finite"] for row in rows[-3:]] == ["loss"] * 3
+    assert all(len(row["record_ids"]) == 4 and row["loss"] is None for row in rows[-3:])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
+def test_precisions_train_alike(straight, demo, flags, tmp_path, monkeypatch, precision):
+    """Three steps under autocast follow the fp32 run; the saved model has the trained parameters' type."""
+    in_process(
+        monkeypatch, *flags[:-2], f"--{precision}", "True", "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path,
+        "--gradient_checkpointing", "True", "--freeze_vision_tower", "True",
+    )  # fmt: skip
+    first = metrics(straight[0])[0]["loss"]
+    assert metrics(tmp_path)[0]["loss"] == pytest.approx(first, rel=2e-2)
+    types = {value.dtype for value in load_file(tmp_path / "model.safetensors").values()}
+    expected = torch.bfloat16 if precision == "pure_bf16" else torch.float32
+    assert types == {expected} and AutoModelForImageTextToText.from_pretrained(tmp_path).dtype == expected
+    in_process(
+        monkeypatch, *flags[:-2], f"--{precision}", "True", "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path,
+        "--gradient_checkpointing", "True", "--freeze_vision_tower", "True", "--resume_from_checkpoint",
+        tmp_path / "checkpoint-2",
+    )  # fmt: skip
+
+
+def test_long_samples(demo, flags, tmp_path, monkeypatch):
+    """Over --max_seq_length: an error with the numbers, or skipped and counted, with the steps unchanged."""
+    with pytest.raises(ValueError, match=r"record train-\d+: 3\d\d tokens \(240 visual\), --max_seq_length is 200"):
+        in_process(monkeypatch, *flags[:-2], "--max_seq_length", 200, "--output_dir", tmp_path / "a")
+    in_process(
+        monkeypatch, *flags[:-2], "--max_seq_length", 200, "--on_long_sample", "skip", "--max_steps", 2,
+        "--output_dir", tmp_path / "b",
+    )  # fmt: skip
+    rows = metrics(tmp_path / "b")
+    assert [(row["samples"], row["skipped_samples"], row["loss"]) for row in rows] == [(0, 4, 0.0)] * 2
+    in_process(
+        monkeypatch, *flags[:-2], "--max_video_tokens", 100, "--max_seq_length", 200, "--max_steps", 1,
+        "--output_dir", tmp_path / "c",
+    )  # fmt: skip
+    assert metrics(tmp_path / "c")[0]["shrunk_samples"] == 4
+
+
+def test_epochs_that_do_not_divide(demo, flags, tmp_path, monkeypatch):
+    """24 records in steps of 10: each epoch ends with a step of 4, every record is seen once per epoch."""
+    in_process(
+        monkeypatch, *flags[:-2], "--max_steps", -1, "--num_train_epochs", 2, "--per_device_train_batch_size", 5,
+        "--output_dir", tmp_path, "--save_strategy", "epoch",
+    )  # fmt: skip
+    rows = metrics(tmp_path)
+    assert [row["samples"] for row in rows] == [10, 10, 4] * 2
+    assert [path.name for path in mv.list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_damaged_checkpoints_are_skipped(straight, tmp_path, capsys):
+    """Torn or truncated ones are named, and the newest complete one is taken."""
+    folder, _ = straight
+    for step in (5, 6, 7, 8):
+        shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-8" / "manifest.json").unlink()
+    with open(tmp_path / "checkpoint-7" / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with open(tmp_path / "checkpoint-6" / "optimizer.safetensors", "r+b") as file:
+        file.write(b"\xff" * 8)
+    args = mv.TrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="auto")
+    assert mv.find_checkpoint(args).name == "checkpoint-5"
+    said = capsys.readouterr().err
+    assert "manifest.json is missing" in said and "model.safetensors has 1000 bytes" in said and "is damaged" in said
+    with pytest.raises(ValueError, match="checkpoint-7: model.safetensors has 1000 bytes"):
+        mv.find_checkpoint(mv.TrainingArguments(resume_from_checkpoint=str(tmp_path / "checkpoint-7")))
+
+
+def test_resume_refuses_another_run(straight, demo, flags, tmp_path, monkeypatch):
+    folder, _ = straight
+    with pytest.raises(ValueError, match=r"samples_per_step: 4 then, 6 now"):
+        in_process(
+            monkeypatch, *flags[:-2], "--per_device_train_batch_size", 3, "--output_dir", tmp_path,
+            "--resume_from_checkpoint", folder / "checkpoint-7",
+        )  # fmt: skip
+
+
+def test_dead_worker_names_the_record(demo, tmp_path):
+    """A decoding process that dies costs a message with the record and its files, not a hang."""
+    from pebble import ProcessPool
+
+    args = mv.TrainingArguments(model_id=str(demo / "model"), dataloader_num_workers=1)
+    stream = mv.SampleStream(mv.Encoder(args.model_id, args), args)
+    assert isinstance(stream.pool, ProcessPool)
+    row = {"id": "7", "messages": [{"role": "user", "content": [{"files": ["a.mp4"]}]}]}
+    future = stream.pool.schedule(os._exit, args=(3,))
+    with pytest.raises(ValueError, match=r"record 7: the process that decoded it died \(exit code 3\).*a\.mp4"):
+        stream._result(row, future)
+    stream.close()
+
+
+def test_bad_video_is_one_message(demo, flags, tmp_path, monkeypatch):
+    records = json.loads((demo / "sft_train.json").read_text())
+    records[5]["video"][17] = "missing.mp4"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=r"record train-5: .*missing\.mp4: No such file"):
+        in_process(monkeypatch, *flags[:-2], "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out")
