@@ -10,10 +10,12 @@ tokens, H attention heads, D head dimension.
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -35,6 +37,8 @@ import pebble
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -66,6 +70,7 @@ LR_SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup"]
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit",
               "paged_adamw_32bit", "adafactor", "sgd"]  # fmt: skip
 STRATEGIES = ["no", "steps", "epoch"]
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 @dataclass
@@ -85,7 +90,7 @@ class TrainingArguments:
     freeze_llm: bool = arg(False, "Do not train the language model, its embeddings and its head.")
     unfreeze_topk_llm: int = arg(0, "With --freeze_llm: train the last K decoder layers all the same.")
     unfreeze_topk_vision: int = arg(0, "With --freeze_vision_tower: train the last K tower blocks all the same.")
-    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass: less memory, ~30 % slower.")
+    gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass: less memory, slower.")
 
     # data
     data_path: str | None = arg(None, "Training records: a .json, .jsonl or .parquet file, or a datasets name/folder.")
@@ -93,7 +98,7 @@ class TrainingArguments:
     image_folder: str | None = arg(
         None,
         "Folder that relative video and image paths start from (default: the data file's).",
-        aliases="--media_root",
+        aliases=["--media_root", "--media-root"],
     )
     eval_image_folder: str | None = arg(None, "The same for --eval_path (default: --image_folder).")
     system_prompt: str | None = arg(None, "System message of records without one (default: the chat template's).")
@@ -151,7 +156,7 @@ class TrainingArguments:
     output_dir: str = arg("output", "Everything a run writes goes here.")
     eval_strategy: str | None = arg(
         None, "When to evaluate (default: each epoch if --eval_path is given).", choices=STRATEGIES,
-        aliases="--evaluation_strategy",
+        aliases=["--evaluation_strategy", "--evaluation-strategy"],
     )  # fmt: skip
     eval_steps: int | None = arg(None, "Steps between evaluations (default: --logging_steps).")
     save_strategy: str = arg("steps", "When to write checkpoint-N.", choices=STRATEGIES)
@@ -159,7 +164,7 @@ class TrainingArguments:
     save_total_limit: int | None = arg(None, "Keep only this many checkpoints, the best one always among them.")
     load_best_model_at_end: bool = arg(False, "The final model is the best checkpoint's, not the last step's.")
     metric_for_best_model: str = arg("eval_loss", "Metric of an evaluation that decides which one is best.")
-    greater_is_better: bool = arg(False, "Whether a higher --metric_for_best_model is better.")
+    greater_is_better: bool = arg(False, "A higher --metric_for_best_model is better (default: unless it is a loss).")
     early_stopping_patience: int = arg(0, "Stop after this many evaluations without improvement; 0: never.")
     early_stopping_threshold: float = arg(0.0, "An improvement must exceed this to count for early stopping.")
     resume_from_checkpoint: str | None = arg(None, "auto (or True): the newest complete checkpoint; or its path.")
@@ -202,6 +207,12 @@ class _CollectingParser(HfArgumentParser):
         raise argparse.ArgumentError(None, message)
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS) and "default:" not in action.help
+        return action.help + " [%(default)s]" if shown else action.help
+
+
 def parse_arguments(arguments_class, argv: list[str] | None = None):
     """Read the command line into `arguments_class` (a TrainingArguments), reporting every problem at once.
 
@@ -217,29 +228,31 @@ def parse_arguments(arguments_class, argv: list[str] | None = None):
         raise SystemExit(0)
     parser = _CollectingParser(
         arguments_class, allow_abbrev=False, exit_on_error=False, description=inspect.getdoc(sys.modules["__main__"]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )  # fmt: skip
-    problems, rest = [], argv
-    while True:  # argparse stops at its first error: note it, take the flag out, go on
+    groups = []  # a flag and the words after it
+    for word in argv:
+        if not groups or re.match(r"--?[A-Za-z][\w-]*(=|$)", word):
+            groups.append([])
+        groups[-1].append(word)
+    problems, good = [], []
+    for flag, *values in groups:  # one flag at a time: argparse stops at its first error
+        # -1e-5 and "- be brief" are values, which argparse believes of short negative numbers only
+        words = [f"{flag}={values[0]}"] if values and values[0].startswith("-") else [flag, *values[:1]]
+        words += values[1:]
         try:
-            args, extra = parser.parse_args_into_dataclasses(
-                args=rest, return_remaining_strings=True, look_for_args_file=False
-            )
-            break
+            extra = parser.parse_known_args(words)[1]
         except argparse.ArgumentError as error:
-            flags = (error.argument_name or "").split("/")
-            at = next((i for i, word in enumerate(rest) if word.split("=")[0] in flags), None)
-            if at is None:
-                problems.append(error.message)
-                args, extra = arguments_class(), []
-                break
-            end = next((i for i in range(at + 1, len(rest)) if rest[i].startswith("--")), len(rest))
-            problems.append(f"{' '.join(rest[at:end])}: {error.message}")
-            rest = rest[:at] + rest[end:]
-    problems += [_answer_unknown(word, parser) for word in extra if word.startswith("-") and not _is_number(word)]
-    if extra and not extra[0].startswith("-"):
-        problems.append(f"{extra[0]!r} belongs to no flag: every value follows its --flag")
-    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+            problems.append(f"{' '.join([flag, *values])}: {error.message}")
+            continue
+        if extra and extra[0] == words[0]:
+            problems.append(_answer_unknown(flag, parser))
+        else:
+            if extra:
+                problems.append(f"{flag}: {' '.join(extra)!r} is one too many (a value with spaces needs quotes)")
+            good += words[: len(words) - len(extra)]
+    (args,) = parser.parse_args_into_dataclasses(args=good, look_for_args_file=False)
+    given = {group[0].split("=")[0].lstrip("-").replace("-", "_") for group in groups}
     problems += check_arguments(args, given)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -248,18 +261,17 @@ def parse_arguments(arguments_class, argv: list[str] | None = None):
     return args
 
 
-def _is_number(word):
-    return re.fullmatch(r"-?[\d.]+(e-?\d+)?", word) is not None
-
-
 def _answer_unknown(word, parser):
-    name = word.split("=")[0].lstrip("-")
+    typed = word.split("=")[0]
+    if not typed.startswith("-"):
+        return f"{word!r} belongs to no flag: every value follows its --flag"
+    name = typed.lstrip("-")
     answer = REPLACED_FLAGS.get(name) or REPLACED_FLAGS.get(name.replace("-", "_"))
     if answer is None:
         known = [option for option in parser._option_string_actions if option.startswith("--")]
         close = difflib.get_close_matches(f"--{name}", known, n=1)
         answer = f"no such flag; did you mean {close[0]}?" if close else "no such flag; --help lists all"
-    return f"--{name}: {answer}"
+    return f"{typed}: {answer}"
 
 
 def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
@@ -270,21 +282,29 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         if condition:
             problems.append(sentence)
 
-    complain(args.data_path is None, "--data_path is missing: the file with the training records")
+    for option in dataclasses.fields(args):
+        value = getattr(args, option.name)
+        complain(value in ("", [""]) and option.name not in ("system_prompt", "resume_from_checkpoint"),
+                 f"--{option.name} is empty (an unset shell variable?): give a value or drop the flag")  # fmt: skip
+        complain(
+            isinstance(value, float) and not math.isfinite(value), f"--{option.name} {value}: must be a finite number"
+        )
+    complain(args.data_path is None and "data_path" not in given,
+             "--data_path is missing: the file with the training records")  # fmt: skip
     for flag in ("data_path", "eval_path"):
-        path = getattr(args, flag)
-        complain(path and Path(path).suffix in (".json", ".jsonl", ".parquet") and not Path(path).is_file(),
-                 f"--{flag} {path}: no such file")  # fmt: skip
+        path = Path(getattr(args, flag) or ".")
+        complain(_looks_local(path) and not path.exists(), f"--{flag} {path}: no such file")
+        complain(path.is_file() and path.suffix.lower() not in ("", *DATA_SUFFIXES),
+                 f"--{flag} {path}: expected a file whose name ends in {', '.join(DATA_SUFFIXES)}")  # fmt: skip
     for flag in ("image_folder", "eval_image_folder"):
         path = getattr(args, flag)
         complain(path and not Path(path).is_dir(), f"--{flag} {path}: no such folder")
     complain(Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file: name a folder")
-    looks_local = args.model_id.startswith((".", "/", "~")) or args.model_id.count("/") > 1
-    complain(looks_local and not Path(args.model_id).is_dir(), f"--model_id {args.model_id}: no such folder")
-
     complain(
-        {"fps", "nframes"} <= given, f"--fps {args.fps} and --nframes {args.nframes} contradict each other: give one"
+        _looks_local(args.model_id) and not Path(args.model_id).is_dir(), f"--model_id {args.model_id}: no such folder"
     )
+
+    complain({"fps", "nframes"} <= given, "--fps and --nframes contradict each other: give one")
     for kind in ("image", "video"):
         width, height = getattr(args, f"{kind}_resized_width"), getattr(args, f"{kind}_resized_height")
         complain((width is None) != (height is None),
@@ -293,21 +313,24 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         if width is None and low > high:
             # A command that lowers only the maximum (upstream's own recipes do) means "at most this many".
             if f"{kind}_min_pixels" in given:
-                problems.append(f"--{kind}_min_pixels {low} is above --{kind}_max_pixels {high}: lower the first")
-            else:
+                problems.append(f"--{kind}_min_pixels {low} is above --{kind}_max_pixels {high}: bring them in order")
+            elif high > 0:
                 setattr(args, f"{kind}_min_pixels", high)
     for flag in ("fps", "nframes", "image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels",
                  "image_resized_width", "image_resized_height", "video_resized_width", "video_resized_height",
                  "max_video_tokens", "max_seq_length", "min_frames", "max_frames", "num_train_epochs", "save_steps",
                  "eval_steps", "logging_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-                 "gradient_accumulation_steps", "save_total_limit", "max_bad_steps"):  # fmt: skip
+                 "gradient_accumulation_steps", "save_total_limit", "max_bad_steps", "adam_epsilon"):  # fmt: skip
         value = getattr(args, flag)
-        complain(value is not None and not value > 0, f"--{flag} {value}: must be above 0")
+        complain(value is not None and value <= 0, f"--{flag} {value}: must be above 0")
     for flag in ("learning_rate", "vision_lr", "merger_lr", "weight_decay", "max_grad_norm", "warmup_steps",
                  "dataloader_num_workers", "early_stopping_patience", "unfreeze_topk_llm",
                  "unfreeze_topk_vision"):  # fmt: skip
         value = getattr(args, flag)
-        complain(value is not None and not value >= 0, f"--{flag} {value}: must be 0 or more")
+        complain(value is not None and value < 0, f"--{flag} {value}: must be 0 or more")
+    for flag in ("adam_beta1", "adam_beta2"):
+        complain(not 0 <= getattr(args, flag) < 1, f"--{flag} {getattr(args, flag)}: must be 0 or more and below 1")
+    complain(not 0 <= args.seed < 2**32, f"--seed {args.seed}: must be 0 or more and below 2³²")
     complain(
         args.max_steps == 0 or args.max_steps < -1, f"--max_steps {args.max_steps}: must be above 0 (or -1: by epochs)"
     )
@@ -332,7 +355,13 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         args.eval_strategy != "no" and not args.eval_path, f"--eval_strategy {args.eval_strategy} needs --eval_path"
     )
     wants_eval = [name for name in ("load_best_model_at_end", "early_stopping_patience") if getattr(args, name)]
-    complain(wants_eval and args.eval_strategy == "no", f"--{' and --'.join(wants_eval)}: needs --eval_path")
+    complain(wants_eval and args.eval_strategy == "no",
+             f"--{' and --'.join(wants_eval)}: needs --eval_path, and no --eval_strategy no")  # fmt: skip
+    if "greater_is_better" not in given:
+        args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+    complain(args.greater_is_better and args.metric_for_best_model.endswith("loss"),
+             f"--greater_is_better with --metric_for_best_model {args.metric_for_best_model} keeps the worst "
+             "checkpoint: drop the first")  # fmt: skip
     complain(args.load_best_model_at_end and args.save_strategy == "no",
              "--load_best_model_at_end needs checkpoints: drop --save_strategy no")  # fmt: skip
     if str(args.resume_from_checkpoint).lower() in ("true", "auto"):
@@ -348,6 +377,13 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
              f"--output_dir {args.output_dir} holds checkpoints of an earlier run: continue it with "
              "--resume_from_checkpoint auto, or name another folder")  # fmt: skip
 
+    complain(len(args.report_to) > 1 and "none" in args.report_to, "--report_to none excludes all other trackers")
+    available = {tracker.value for tracker in get_available_trackers()}
+    for name in args.report_to:
+        complain(name not in ("", "none", *LoggerType.list()),
+                 f"--report_to {name}: no such tracker; known: none, {', '.join(LoggerType.list())}")  # fmt: skip
+        complain(name in LoggerType.list()[1:] and name not in available,
+                 f"--report_to {name} needs its package: pip install {name}")  # fmt: skip
     uses_bitsandbytes = "8bit" in args.optim or args.optim.startswith("paged")
     complain(uses_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None,
              f"--optim {args.optim} needs bitsandbytes: pip install bitsandbytes")  # fmt: skip
@@ -356,6 +392,11 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
     complain(args.attn_implementation in ("varlen", "flash_attn") and not torch.cuda.is_available(),
              f"--attn_implementation {args.attn_implementation} needs a CUDA device: use sdpa or auto")  # fmt: skip
     return problems
+
+
+def _looks_local(name):
+    name = str(name)
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.lower().endswith(DATA_SUFFIXES)
 
 
 def say(message: str):
@@ -376,8 +417,11 @@ CONVERSATION = Features({"id": Value("string"), "messages": MESSAGES})
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 OPTION_ALIASES = {"video_start": "start", "video_end": "end"}
-CONTROL_TOKENS = re.compile(r"<\|(?:video_pad|image_pad|vision_start|vision_end|im_start|im_end)\|>")
-TAG = re.compile(r"\n?<(video|image)>\n?")  # a tag takes one newline on each side with it
+CONTROL_TOKENS = re.compile(r"<\|(?:(?:video|image|vision)_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")
+TAG = re.compile(r"(?:\r?\n)?<(video|image)>(?:\r?\n)?")  # a tag takes one newline on each side with it
+ODD_TAG = re.compile(r"<\s*/?(?:video|image)s?[\s_-]*\d*\s*/?>", re.IGNORECASE)  # meant as a tag
+ODD_FIELD = re.compile(r"(?:vid[eo]{2}s?|images?|imgs?)(?:[_-]?(?:paths?|files?|list|urls?))?", re.IGNORECASE)
+CLIP_SUFFIXES, STILL_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm"), (".jpg", ".jpeg", ".png", ".bmp")
 MAX_COMPLAINTS = 20
 
 
@@ -392,22 +436,30 @@ def normalize_conversation(record: dict, where: str) -> dict:
     """
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a record must be an object with named fields, got {_short(record)}")
-    name = where if record.get("id") is None else f"{where} (id {record['id']!r})"
     try:
         media = {kind: [_media_part(kind, item) for item in _media_list(record, kind)] for kind in ("video", "image")}
         messages = [_message(turn, i) for i, turn in enumerate(_turns(record))]
         _fill_tags(messages, media)
+        odd = [key for key, value in record.items() if not _absent(value) and ODD_FIELD.fullmatch(str(key))]
+        if odd and all(part["type"] == "text" for message in messages for part in message["content"]):
+            raise ValueError(f"field {odd[0]!r} is not one that is read: name it 'video' or 'image', or drop it")
         first = messages[messages[0]["role"] == "system"]["role"] if len(messages) > 1 else messages[0]["role"]
         if first != "user":
             raise ValueError(f"the first turn after any system turn must be the user's, got {first!r}")
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
     return {"id": str(record.get("id") if record.get("id") is not None else where), "messages": messages}
 
 
 def _short(value):
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '…'}"
+
+
+def _absent(value):
+    """Null, an empty list, or a struct of nulls, as which Arrow may hand out what a record does not have."""
+    fields = value.values() if isinstance(value, dict) else [value]
+    return all(item is None or (isinstance(item, (list, tuple)) and not item) for item in fields)
 
 
 def _turns(record):
@@ -422,7 +474,7 @@ def _turns(record):
 
 
 def _media_list(record, kind):
-    present = [key for key in (kind, f"{kind}s") if record.get(key) is not None]
+    present = [key for key in (kind, f"{kind}s") if not _absent(record.get(key))]
     if len(present) > 1:
         raise ValueError(f"fields {present[0]!r} and {present[1]!r} are both there: keep one of them")
     value = record[present[0]] if present else []
@@ -449,13 +501,19 @@ def _media_part(kind, item):
         for key, value in given.items():
             if key not in PART or key in ("type", "text", "files"):
                 raise ValueError(f"{kind} {_short(item)}: unknown option {key!r}; known: {', '.join(list(PART)[3:])}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a number, got {_short(value)}")
+            if not 0 <= value < 2**53 or (value == 0 and key not in ("start", "end")):
+                raise ValueError(f"{kind} {_short(item)}: option {key!r} must be above 0 (and finite), got {value!r}")
             if PART[key].dtype == "int64" and value != int(value):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a whole number, got {value}")
-            options[key] = value
-        if options.get("fps") == 0 or options.get("nframes") == 0:
-            raise ValueError(f"{kind} {_short(item)}: options 'fps' and 'nframes' must be above 0")
+            options[key] = int(value) if PART[key].dtype == "int64" else float(value)
+        if options.get("nframes") == 1:
+            raise ValueError(f"{kind} {_short(item)}: option 'nframes' 1: the fewest is 2, one temporal patch")
+        if options.get("start", 0) >= options.get("end", math.inf):
+            raise ValueError(f"{kind} {_short(item)}: options: 'end' {options['end']} s is not after 'start'")
+        if options.get("min_pixels", 0) > options.get("max_pixels", math.inf):
+            raise ValueError(f"{kind} {_short(item)}: options: 'min_pixels' is above 'max_pixels': bring them in order")
         if "fps" in options and "nframes" in options:
             raise ValueError(f"{kind} {_short(item)}: options 'fps' and 'nframes' contradict each other: keep one")
         if ("resized_width" in options) != ("resized_height" in options):
@@ -466,7 +524,14 @@ def _media_part(kind, item):
         raise ValueError("video: an empty list of frame images; give at least one")
     for path in files:
         if not isinstance(path, str) or not path:
-            raise ValueError(f"{kind}: expected a file path, got {_short(path)}")
+            raise ValueError(f"{kind}: expected a file path, got {_short(path)}; where there is none, leave it out")
+        if path.lower().endswith(STILL_SUFFIXES if kind == "video" and not frames else CLIP_SUFFIXES):
+            raise ValueError(
+                f"{kind} {path!r}: a video file where an image is expected: put it under 'video', in one flat list"
+                if path.lower().endswith(CLIP_SUFFIXES) else
+                f"{kind} {path!r}: a still image; frames of one video are a list within the list, [[…]], and an image "
+                "goes under 'image'"
+            )  # fmt: skip
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:", path):
             raise ValueError(f"{kind} {path[:80]!r}: addresses are not read: download first and give the file's path")
         if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == "..":
@@ -498,16 +563,25 @@ def _message(turn, i):
         raise ValueError(f"turn {i}: the system turn must come first: move it there")
     parts = []
     for part in content if isinstance(content, (list, tuple)) else [content]:
-        if isinstance(part, dict) and part.get("type", "text") in ("video", "image"):
-            kind = part["type"]
-            has_file = any(part.get(key) is not None for key in (kind, "path", "url", f"{kind}_url"))
-            parts.append(_media_part(kind, part) if has_file else _part(kind))
-            continue
+        if isinstance(part, dict):
+            given = {key for key, value in part.items() if not _absent(value)} - {"type"}
+            kind = part.get("type") or next((key for key in ("video", "image") if key in given), "text")
+            if kind not in ("text", "video", "image"):
+                raise ValueError(f"turn {i}: the type of a part must be text, video or image, got {_short(kind)}")
+            if kind != "text":
+                parts.append(_media_part(kind, part) if given else _part(kind))
+                continue
+            if more := sorted(given & {"video", "image", "videos", "images", "path", "url"}):
+                raise ValueError(f"turn {i}: a text part with the field {more[0]!r}: make that a part of its own")
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
-            raise ValueError(f"turn {i}: {text_key!r} must be text, got {_short(text)}: put numbers in quotes")
+            mend = "put numbers in quotes" if isinstance(text, (int, float)) else "write the text or drop the turn"
+            raise ValueError(f"turn {i}: {text_key!r} must be text, got {_short(text)}: {mend}")
         if found := CONTROL_TOKENS.search(text):
-            raise ValueError(f"turn {i}: the control token {found[0]} stands in the text: write <video> or <image>")
+            raise ValueError(f"turn {i}: the control token {found[0]} stands in the text: take it out (the place of a "
+                             "video is written <video>, that of an image <image>)")  # fmt: skip
+        if found := re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"turn {i}: the text has half a character, {found[0]!r}: write the text as UTF-8 again")
         pieces = TAG.split(text)  # text, kind, text, kind, … text
         parts += [_part(piece) if k % 2 else _part("text", text=piece) for k, piece in enumerate(pieces) if piece]
     return {"role": ROLES[role], "content": parts}
@@ -517,7 +591,15 @@ def _fill_tags(messages, media):
     """Put the record's videos and images into its tags, in order; without any tag they all go first, in order."""
     slots = {kind: [part for message in messages for part in message["content"]
                     if part["type"] == kind and not part["files"]] for kind in media}  # fmt: skip
+    odd = next((found[0] for message in messages for part in message["content"] if part["type"] == "text"
+                if (found := ODD_TAG.search(part["text"]))), None)  # fmt: skip
     if not slots["video"] and not slots["image"] and (media["video"] or media["image"]):
+        if odd:
+            raise ValueError(f"the text has {odd}, which is no tag: write <video> or <image>, or take it out")
+        placed = {part["type"] for message in messages for part in message["content"]}
+        for kind in media:
+            if media[kind] and placed & {kind, "frames" if kind == "video" else kind}:
+                raise ValueError(f"there are {kind}s in the turns and under {kind!r} of the record: keep one of them")
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise ValueError("there are videos or images but no user turn to put them in: add one")
@@ -525,8 +607,10 @@ def _fill_tags(messages, media):
         return
     for kind, items in media.items():
         if len(slots[kind]) != len(items):
-            raise ValueError(f"{len(slots[kind])} <{kind}> tags for {len(items)} {kind}s: write one tag per {kind}, "
-                             "or none at all to put them all first")  # fmt: skip
+            mend = (f"write one tag per {kind}, or no tag at all to put everything first" if items else
+                    f"name the {kind}s under {kind!r}, or take the tag out of the text")  # fmt: skip
+            raise ValueError(f"{len(slots[kind])} <{kind}> tags for {len(items)} {kind}s: {mend}"
+                             + (f" ({odd} is no tag)" if odd else ""))  # fmt: skip
         for slot, item in zip(slots[kind], items):
             slot.update(item)
 
@@ -537,10 +621,11 @@ def read_records(source: str):
     A record that cannot be parsed is yielded as a ValueError in its place.
     """
     path = Path(source)
-    if path.suffix in (".json", ".jsonl") or (path.suffix == "" and path.is_file()):
+    if path.suffix.lower() in (".json", ".jsonl") or (path.suffix == "" and path.is_file()):
         with open(path, "rb") as file:
-            head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-            file.seek(0)
+            start = file.read(4096)
+            head = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+            file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
             if head.startswith(b"["):
                 records = ijson.items(file, "item", use_float=True)
                 for i in range(sys.maxsize):
@@ -549,30 +634,46 @@ def read_records(source: str):
                     except StopIteration:
                         return
                     except (ijson.JSONError, UnicodeDecodeError) as error:
-                        yield f"record {i}", ValueError(f"not valid JSON ({error}): nothing after it was read")
+                        what = " at ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())
+                        yield f"record {i}", ValueError(f"not valid JSON ({what}): nothing after it was read")
                         return
+            opening, *more = head.split(b"\n", 1)
+            if more and opening.startswith(b"{") and not opening.rstrip().endswith(b"}"):
+                yield "line 1", ValueError("one object over several lines: expected a list [{…}, …] of records, or "
+                                           "one object per line")  # fmt: skip
+                return
             for number, line in enumerate(file, 1):
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):
                     try:
                         yield f"line {number}", json.loads(line.decode("utf-8-sig"))
                     except ValueError as error:
-                        yield (
-                            f"line {number}",
-                            ValueError(f"not valid JSON ({error}); one object per line is expected"),
-                        )
+                        yield f"line {number}", ValueError(f"not valid JSON ({error}): expected one object per line")
         return
-    if path.suffix == ".parquet":
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    elif (path / "dataset_info.json").is_file():
-        table = datasets.load_from_disk(str(path))
-    else:
-        table = datasets.load_dataset(source, split="train")
+    for i, record in enumerate(_open_table(source)):
+        yield f"record {i}", record
+
+
+def _open_table(source):
+    """A Parquet file, a dataset folder or a hub dataset; media columns give paths, nothing is decoded."""
+    path = Path(source)
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        elif (path / "dataset_info.json").is_file():
+            table = datasets.load_from_disk(str(path))
+        elif found := sorted({*path.glob("*.json"), *path.glob("*.jsonl")} - {path / "dataset_dict.json"}):
+            names = ", ".join(file.name for file in found[:5])
+            raise ValueError(f"a folder with JSON files ({names}): name the file itself")
+        else:
+            table = datasets.load_dataset(source, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{source}: cannot be read as a dataset: {error.__cause__ or error}") from None
+    table = table.with_format(None)
     for name, feature in table.features.items():  # give paths, decode nothing
         if isinstance(getattr(feature, "feature", feature), (datasets.Image, datasets.Video)):
             inner = type(getattr(feature, "feature", feature))(decode=False)
             table = table.cast_column(name, List(inner) if hasattr(feature, "feature") else inner)
-    for i, record in enumerate(table):
-        yield f"record {i}", record
+    return table
 
 
 def load_records(source: str, normalize=normalize_conversation, features: Features = CONVERSATION) -> Dataset:
@@ -586,6 +687,8 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     def rows(source, identity, normalize):
         count = 0
         for where, record in read_records(source):
+            if isinstance(record, dict) and record.get("id") is not None:
+                where = f"{where} (id {record['id']!r})"
             try:
                 if isinstance(record, ValueError):
                     raise ValueError(f"{where}: {record}")
@@ -598,8 +701,9 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
                 count += 1
                 yield row
         if complaints:
+            many = "1 bad record" if len(complaints) == 1 else f"{len(complaints)} bad records"
             more = " (the first ones)" if len(complaints) == MAX_COMPLAINTS else ""
-            raise ValueError(f"{source}: {len(complaints)} bad records{more}\n  • " + "\n  • ".join(complaints))
+            raise ValueError(f"{source}: {many}{more}\n  • " + "\n  • ".join(complaints))
         if not count:
             raise ValueError(f"{source}: no records in it; expected at least one")
 
@@ -608,6 +712,8 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     identity = [
         [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()
     ]
+    if not identity:  # a hub dataset: its fingerprint changes with its commit
+        identity = [_open_table(source)._fingerprint]
     # The code is part of the key: rows made by another version of the rules are not reused.
     code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(normalize)]
     key = hashlib.sha256(json.dumps([source, identity, code, str(features)]).encode()).hexdigest()[:32]
@@ -617,7 +723,7 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
             gen_kwargs={"source": source, "identity": key, "normalize": normalize},
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, ValueError) else error from None
+        raise (error.__cause__ or error) from None
 
 
 def resolve_path(path: str, folder: str) -> str:
@@ -676,7 +782,7 @@ def target_size(part: dict, height: int, width: int, num_frames: int, args, fact
                             IMAGE_MIN_TOKENS * factor**2, IMAGE_MAX_TOKENS * factor**2)  # fmt: skip
     min_pixels, max_pixels = option("min_pixels"), option("max_pixels")
     if kind == "video":
-        share = VIDEO_TOTAL_TOKENS * factor**2 / num_frames * FRAME_FACTOR
+        share = VIDEO_TOTAL_TOKENS * factor**2 / math.ceil(num_frames / FRAME_FACTOR)
         limit = max(min(VIDEO_MAX_TOKENS_PER_FRAME * factor**2, share), int(min_pixels * 1.05))
         max_pixels = min(max_pixels, limit)
     return smart_resize(height, width, factor, min(min_pixels, max_pixels), max_pixels)
@@ -715,7 +821,7 @@ def sample_frames(part: dict, total_frames: int, video_fps: float, args, at_most
 def read_video(path: str, pick):
     """Decode the frames that `pick(total_frames, fps)` returns: uint8 [F, 3, height, width], channels last in memory.
 
-    decord at its fastest exact setting; PyAV, decoding in sequence, where decord is missing or refuses the file.
+    decord at its fastest exact setting; PyAV, decoding in sequence, where decord is missing, refuses or errs.
 
     Raises:
         ValueError: neither can read it.
@@ -724,40 +830,74 @@ def read_video(path: str, pick):
         import decord
     except ImportError:
         decord = None
-    refused = "it is not installed"
-    if decord is not None:
+    mend = "make the file again or take it out of the record"
+    try:
+        total_frames, fps, seekable = video_index(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be decoded: {error}; {mend}") from None
+    refused = "not tried" if decord else "not installed"
+    if decord is not None and seekable:
         try:
             reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-4)
-            total_frames, fps = len(reader), reader.get_avg_fps()
+            length, rate = len(reader), reader.get_avg_fps()
         except (decord.DECORDError, RuntimeError, AssertionError) as error:
             refused = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         else:
-            indices = pick(total_frames, fps)
+            indices = pick(length, rate)
             try:
                 frames = reader.get_batch(indices).asnumpy()  # [F, height, width, 3]
                 return torch.from_numpy(frames).permute(0, 3, 1, 2)
             except (decord.DECORDError, decord.DECORDLimitReachedError) as error:
                 refused = str(error).strip().splitlines()[0]
+    indices = pick(total_frames, fps)
     try:
-        return _read_with_pyav(path, pick)
+        return _decode_in_order(path, indices)
     except ValueError as error:
-        raise ValueError(f"{path}: cannot be decoded. PyAV: {error}. decord: {refused}") from None
+        raise ValueError(f"{path}: cannot be decoded. PyAV: {error}. decord: {refused}; {mend}") from None
 
 
-def _read_with_pyav(path, pick):
+def video_index(path: str) -> tuple[int, float, bool]:
+    """Demux a file, decoding nothing: `(frames, frames per second, does decord find the right frames by seeking)`.
+
+    decord is silently wrong on open groups of pictures (frames that follow a key frame in the file and are shown
+    before it: x265's default), on frames that an edit list hides, and in containers without an index (MPEG-PS).
+
+    Raises:
+        ValueError: not a video, without frames, or cut short.
+    """
     import av
 
+    total_frames, num_packets, seekable, key_time = 0, 0, True, None
     try:
         with av.open(path) as container:
-            if not container.streams.video:
+            if not container.streams.video or container.format.name == "tty":  # FFmpeg draws .txt files as pictures
                 raise ValueError("no video stream")
             stream = container.streams.video[0]
-            total_frames = sum(1 for packet in container.demux(stream) if packet.size)
             fps = float(stream.average_rate or 0)
-            if not total_frames or not fps:
-                raise ValueError(f"{total_frames} frames at {fps} frames per second")
-        indices = pick(total_frames, fps)
-        wanted, taken = set(indices), {}
+            format_name = container.format.name.split(",")[0]
+            for packet in container.demux(stream):
+                num_packets += packet.dts is not None
+                if not packet.size:
+                    continue
+                total_frames += not packet.is_discard
+                if packet.is_keyframe:
+                    key_time = packet.pts
+                leads = None not in (packet.pts, key_time) and packet.pts < key_time
+                seekable = seekable and not (leads or packet.is_discard)
+            if format_name == "mov" and num_packets < stream.frames:
+                raise ValueError(f"cut short: {num_packets} of its {stream.frames} frames are there")
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{error}") from None
+    if not total_frames or not fps:
+        raise ValueError(f"{total_frames} frames at {fps} frames per second")
+    return total_frames, fps, seekable and format_name in ("mov", "matroska")
+
+
+def _decode_in_order(path, indices):
+    import av
+
+    wanted, taken = set(indices), {}
+    try:
         with av.open(path) as container:
             for i, frame in enumerate(container.decode(video=0)):
                 if i in wanted:
@@ -767,9 +907,9 @@ def _read_with_pyav(path, pick):
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{error}") from None
     if len(taken) < len(wanted):
-        raise ValueError(
-            f"only {len(wanted) - len(wanted - set(taken))} of {len(wanted)} sampled frames can be decoded"
-        )
+        raise ValueError(f"only {len(taken)} of {len(wanted)} sampled frames can be decoded")
+    if len({frame.shape for frame in taken.values()}) > 1:
+        raise ValueError("the size of its frames changes on the way")
     return torch.stack([taken[i] for i in indices]).permute(0, 3, 1, 2)
 
 
@@ -787,11 +927,15 @@ def read_image(path: str) -> Image.Image:
             background.paste(image, mask=image.split()[3])
             return background
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
+        raise ValueError(f"{path}: cannot be read as an image: {error}; replace it or take it out") from None
 
 
 def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bicubic with antialiasing on uint8 [F, 3, h, w] → [F, 3, height, width] (≤ 2 grey levels off, mean 0.25)."""
+    """Bicubic with antialiasing on uint8 [F, 3, h, w] → [F, 3, height, width].
+
+    Rounded and clipped after each of its two passes, as Pillow does it. Float arithmetic, clipped once, is 0.06 to 0.16
+    grey levels away on average on real clips, and more than 2 (up to 10) only beside black and white edges.
+    """
     if frames.shape[-2:] == (height, width):
         return frames
     return F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
@@ -1189,14 +1333,18 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
     samples = [sample for sample in samples if "input_ids" in sample]
     if not any(len(sample["video_grid_thw"]) for sample in samples):
         merge = encoder.merge_size
-        dummy = {"input_ids": np.array([encoder.config.video_token_id]), "labels": np.array([-100]), "patches": None,
-                 "position_ids": np.zeros((4, 1), np.int64), "video_grid_thw": np.array([[1, merge, merge]])}  # fmt: skip
+        dummy = {
+            "input_ids": np.array([encoder.config.video_token_id]),
+            "labels": np.array([-100]),
+            "position_ids": np.zeros((4, 1), np.int64),
+            "video_grid_thw": np.array([[1, merge, merge]]),
+            "patches": None,
+        }
         samples = [*samples, dummy]
 
     def together(name, axis=0):
-        return torch.from_numpy(np.concatenate([sample[name] for sample in samples], axis)).to(
-            device, non_blocking=True
-        )
+        joined = np.concatenate([sample[name] for sample in samples], axis)
+        return torch.from_numpy(joined).to(device, non_blocking=True)
 
     if samples[-1]["patches"] is None:
         pixels = torch.zeros(encoder.merge_size**2, encoder.patch_dim, device=device)
@@ -1435,6 +1583,21 @@ class SampleStream:
         finally:
             for _, future in (pair for batch in waiting for pair in batch):
                 future.cancel()
+
+    def steps(self, records: Dataset, windows, batch_size: int, rank: int, world_size: int, folder: str):
+        """Yield `(window, samples seen, this rank's encoded rows)` for each step that step_windows gives."""
+        waiting = deque()
+
+        def rows():
+            for window, seen in windows:
+                mine = micro_batches(window, batch_size, rank, world_size)
+                waiting.append((window, seen, len(mine)))
+                yield from mine
+
+        batches = self.batches(records, rows(), folder)
+        for first in batches:
+            window, seen, count = waiting.popleft()
+            yield window, seen, [first, *itertools.islice(batches, count - 1)]
 
     def _result(self, row, future):
         try:

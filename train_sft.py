@@ -18,6 +18,7 @@ Launch, on a CPU or one GPU:
 """
 
 import contextlib
+import itertools
 import json
 import math
 import resource
@@ -79,7 +80,8 @@ def evaluate(model, stream, records, encoder, args, accelerator, autocast) -> di
 def main():
     args = mv.parse_arguments(SFTArguments)
     trackers = [] if args.report_to == ["none"] else args.report_to
-    accelerator = Accelerator(log_with=trackers or None, project_dir=args.output_dir)
+    no_cuda = not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=no_cuda, log_with=trackers or None, project_dir=args.output_dir)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
@@ -128,25 +130,16 @@ def main():
     mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
 
     # ---- the loop
-    position, windows = state["samples_seen"], []  # windows: (record indices, samples seen after) of steps to come
-
-    def rows_ahead():
-        """This process's rows, step after step; each step's window is noted for the loop."""
-        steps = mv.step_windows(len(records), samples_per_step, args.seed, position)
-        for _, (window, seen) in zip(range(state["step"], total_steps), steps):
-            rows = mv.micro_batches(window, batch_size, accelerator.process_index, world_size)
-            windows.append((len(rows), seen))
-            yield from rows
-
-    row_stream = stream.batches(records, rows_ahead(), args.image_folder)
+    windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"])
+    windows = itertools.islice(windows, max(0, total_steps - state["step"]))
+    rank = accelerator.process_index
+    steps = stream.steps(records, windows, batch_size, rank, world_size, args.image_folder)
     bar = tqdm(total=total_steps, initial=state["step"], desc="train", disable=not is_main)
     model.train()
     stop = state["step"] >= total_steps
     while not stop:
         started = time.perf_counter()
-        rows = [next(row_stream)]
-        num_rows, state["samples_seen"] = windows.pop(0)
-        rows += [next(row_stream) for _ in range(num_rows - 1)]
+        window, state["samples_seen"], rows = next(steps)
         data_wait = time.perf_counter() - started
         packed = [mv.pack(samples, encoder, accelerator.device) for samples in rows]
         encoded = [sample for samples in rows for sample in samples]
@@ -201,7 +194,6 @@ def main():
         seconds = time.perf_counter() - started
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
-        ids = [sample["id"] for sample in encoded]
         row = {
             "step": state["step"],
             "epoch": round(epoch, 6),
@@ -209,12 +201,13 @@ def main():
             "learning_rate": args.learning_rate * factor,
             "grad_norm": grad_norm,
             **counts,
-            "records_crc32": zlib.crc32(json.dumps(ids).encode()),
+            "records_crc32": zlib.crc32(json.dumps(window).encode()),
             "step_seconds": round(seconds, 4),
             "data_wait_seconds": round(data_wait, 4),
             "max_memory_gb": round(memory, 3),
         }
         if bad or overflow:
+            ids = [records[i]["id"] for i in window]
             row |= {"not_finite": "loss" if not loss_finite else "gradient", "record_ids": ids}
         row = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
@@ -232,8 +225,8 @@ def main():
         bar.update()
         if state["bad_steps"] >= args.max_bad_steps:
             raise FloatingPointError(
-                f"{args.max_bad_steps} steps in a row had a loss or gradient that is not finite; the newest checkpoint "
-                f"has the last good weights. Records of the last step: {ids[:8]}"
+                f"{args.max_bad_steps} steps in a row had a loss or gradient that is not finite; the newest "
+                f"checkpoint has the last good weights. Records of the last step: {ids[:8]}"
             )
 
         # ---- eval
@@ -278,7 +271,7 @@ def main():
             accelerator.wait_for_everyone()
 
     bar.close()
-    row_stream.close()
+    steps.close()
     stream.close()
     if args.load_best_model_at_end and state["best_checkpoint"]:
         del model, optimizer

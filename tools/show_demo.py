@@ -51,7 +51,7 @@ def answer(model_path: str, rows: list[dict], folder: str, args, batch_size: int
             text=texts, videos=videos, video_metadata=metadata, do_resize=False, do_sample_frames=False,
             padding=True, padding_side="left", return_tensors="pt",
         )  # fmt: skip
-        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]
 

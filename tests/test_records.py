@@ -1,0 +1,615 @@
+"""Records: every accepted format gives one exact normal form, and every wrong one is named with its mend."""
+
+import copy
+import json
+import random
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+
+import multivideo as mv
+import train_sft
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+NOTHING = {"text": None, "files": [], "fps": None, "nframes": None, "start": None, "end": None, "min_pixels": None,
+           "max_pixels": None, "resized_width": None, "resized_height": None}  # fmt: skip
+
+
+def text(value):
+    return {"type": "text", **NOTHING, "text": value}
+
+
+def video(path, **options):
+    return {"type": "video", **NOTHING, "files": [path], **options}
+
+
+def frames(*paths, **options):
+    return {"type": "frames", **NOTHING, "files": list(paths), **options}
+
+
+def image(path, **options):
+    return {"type": "image", **NOTHING, "files": [path], **options}
+
+
+def messages(*turns):
+    return [{"role": role, "content": list(content)} for role, content in turns]
+
+
+def llava(question="Why?", answer="So.", **fields):
+    return {**fields, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def clip(**options):
+    return llava(video={"video": "a.mp4", **options})
+
+
+def trl(question="Why?", answer="So.", **fields):
+    return {
+        **fields,
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+    }
+
+
+def user_content(record):
+    """The normal form of the first user turn."""
+    rows = train_sft.normalize_record(record, "record 0")["messages"]
+    return next(turn["content"] for turn in rows if turn["role"] == "user")
+
+
+def write(path, records):
+    """JSON or JSONL, by the suffix."""
+    lines = path.suffix == ".jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records) if lines else json.dumps(records))
+    return str(path)
+
+
+def load(source):
+    return mv.load_records(str(source), train_sft.normalize_record)
+
+
+# ------------------------------------------------------------------------------------------------ one normal form
+
+STUDY_0002 = messages(
+    ("system", [text("You compare two recordings.")]),
+    ("user", [text("Before: "), video("study_0002/before.mp4"), text("What do you see?")]),
+    ("assistant", [text("A closed valve.")]),
+    ("user", [text("After: "), video("study_0002/after.mp4"), text("What changed?")]),
+    ("assistant", [text("It is open.")]),
+)
+FRAMES = messages(
+    ("user", [frames("scan/0001.png", "scan/0002.png", "scan/0003.png", "scan/0004.png"),
+              frames("walk/1.jpg", "walk/2.jpg", fps=4.0), text("Each list of images is one video. What moves?")]),
+    ("assistant", [text("A shadow, then a man.")]),
+)  # fmt: skip
+IMAGES = messages(
+    ("user", [image("left.jpg"), image("right.jpg", max_pixels=200704), text("Find the difference.")]),
+    ("assistant", [text("The clock.")]),
+)
+IMAGE_AND_VIDEO = messages(
+    ("user", [text("Plan: "), image("plan.png"), text("Tour: "), video("tour.mp4"), text("Where does the tour end?")]),
+    ("assistant", [text("In the kitchen.")]),
+)
+TEXT_ONLY = messages(
+    ("user", [text("What is a valve?")]), ("assistant", [text("A part that opens and closes a passage.")])
+)
+EXPECTED = {
+    "llava.json": {
+        "study_0001": messages(
+            ("user", [*[video(f"study_0001/view_{i:02}.mp4") for i in range(1, 31)],
+                      text("Which views show the valve?")]),
+            ("assistant", [text("Views 4, 9 and 17.")]),
+        ),
+        "study_0002": STUDY_0002,
+        "without_tags": messages(
+            ("user", [video("a.mp4"), video("b.mp4"), text("All videos come first, in this order. What differs?")]),
+            ("assistant", [text("The second one is brighter.")]),
+        ),
+        "one_video": messages(
+            ("user", [video("a.mp4"), text("What happens?")]), ("assistant", [text("A door opens.")])
+        ),
+    },
+    "options_and_frames.json": {
+        "own_options": messages(
+            ("user", [video("long.mp4", fps=0.5, start=60.0, end=90.5),
+                      video("short.mp4", nframes=8, resized_width=112, resized_height=84),
+                      video("sharp.mp4", min_pixels=3136, max_pixels=50176),
+                      video("as_the_flags_say.mp4"), text("Which one is the longest?")]),
+            ("assistant", [text("The first.")]),
+        ),
+        "frames": FRAMES,
+    },
+    "images_and_text.json": {"image_and_video": IMAGE_AND_VIDEO, "images": IMAGES, "text_only": TEXT_ONLY},
+    "messages.jsonl": {"study_0002": STUDY_0002, "images": IMAGES, "text_only": TEXT_ONLY},
+    "messages_parts.jsonl": {"study_0002": STUDY_0002, "frames": FRAMES, "image_and_video": IMAGE_AND_VIDEO},
+}  # fmt: skip
+
+
+def test_every_example_is_expected():
+    assert {path.name for path in EXAMPLES.iterdir() if "sft" in path.name or path.name in EXPECTED} >= set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_example_loads_to_its_exact_normal_form(name):
+    loaded = load(EXAMPLES / name)
+    assert {row["id"]: row["messages"] for row in loaded} == EXPECTED[name]
+
+
+def test_seed_readme_record():
+    """The record of the seed's README, its comment and "..." filled in as it says: up to 30 videos, as many tags."""
+    names = [f"video{i}.mp4" for i in range(1, 31)]
+    record = [
+        {
+            "id": "sample_1",
+            "video": names,
+            "conversations": [
+                {"from": "human", "value": "<video>\n" * 30 + "Describe these videos."},
+                {"from": "gpt", "value": "In these videos, I can see..."},
+            ],
+        }
+    ]
+    row = train_sft.normalize_record(record[0], "record 0")
+    assert row["id"] == "sample_1"
+    assert row["messages"] == messages(
+        ("user", [*map(video, names), text("Describe these videos.")]),
+        ("assistant", [text("In these videos, I can see...")]),
+    )
+    # as it stands there, three tags and four entries, it is an error that says so
+    record[0]["video"] = ["video1.mp4", "video2.mp4", "video3.mp4", "..."]
+    record[0]["conversations"][0]["value"] = "<video>\n<video>\n<video>\nDescribe these videos."
+    with pytest.raises(ValueError, match=r"3 <video> tags for 4 videos"):
+        train_sft.normalize_record(record[0], "record 0")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        llava("<video>\n<video>\nWhy?", video=["a.mp4", "b.mp4"]),
+        llava("Why?", video=["a.mp4", "b.mp4"]),
+        llava("<video>\n<video>\nWhy?", videos=["a.mp4", "b.mp4"]),
+        llava("<video>\n<video>\nWhy?", video=("a.mp4", {"path": "b.mp4"})),
+        llava("<video><video>Why?", video=[{"video": "a.mp4"}, {"url": "b.mp4", "fps": None}]),
+        llava("<video>\r\n<video>\r\nWhy?", video=["a.mp4", "b.mp4"]),
+        trl("<video>\n<video>\nWhy?", videos=["a.mp4", "b.mp4"]),
+        trl("Why?", videos=["a.mp4", "b.mp4"], images=[], image=None),
+        trl([{"type": "video"}, {"type": "video"}, {"type": "text", "text": "Why?"}], videos=["a.mp4", "b.mp4"]),
+        trl([{"type": "video", "video": "a.mp4"}, {"type": "video", "path": "b.mp4"}, {"text": "Why?"}]),
+        trl([{"video": "a.mp4"}, {"type": None, "video": "b.mp4", "text": None}, "Why?"], videos=[], video=None),
+        trl(
+            [
+                {"type": "video", "video": "a.mp4", "text": None, "image": None},
+                {"type": "video", "video": "b.mp4", "text": None, "image": None},
+                {"type": "text", "text": "Why?", "video": None, "image": None},
+            ],
+            "So.",
+            image={"path": None, "bytes": None},
+        ),
+        {"video": ["a.mp4", "b.mp4"], "conversations": [{"role": "user", "content": "<video>\n<video>\nWhy?"},
+                                                        {"role": "assistant", "content": [{"text": "So."}]}]},
+        {"video": ["a.mp4", "b.mp4"], "messages": [{"from": "human", "value": "<video>\n<video>\nWhy?", "role": None},
+                                                   {"from": "assistant", "value": "So.", "content": None}]},
+    ],
+)  # fmt: skip
+def test_equivalent_records_have_one_normal_form(record):
+    expected = messages(("user", [video("a.mp4"), video("b.mp4"), text("Why?")]), ("assistant", [text("So.")]))
+    before = copy.deepcopy(record)
+    assert train_sft.normalize_record(record, "record 0") == {"id": "record 0", "messages": expected}
+    assert record == before
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        # \n?<video>\n?: one newline on each side goes with the tag, a second one stays
+        ("<video>\nWhy?", [video("a.mp4"), text("Why?")]),
+        ("<video>\n\nWhy?", [video("a.mp4"), text("\nWhy?")]),
+        ("<video> Why?", [video("a.mp4"), text(" Why?")]),
+        ("See:\n<video>\nWhy?", [text("See:"), video("a.mp4"), text("Why?")]),
+        ("See:\n\n<video>Why?", [text("See:\n"), video("a.mp4"), text("Why?")]),
+        ("Why?\n<video>", [text("Why?"), video("a.mp4")]),
+        ("<video>", [video("a.mp4")]),
+        ("See:\r\n<video>\r\nWhy?\r\n", [text("See:"), video("a.mp4"), text("Why?\r\n")]),
+    ],
+)
+def test_a_tag_takes_one_newline_on_each_side(question, expected):
+    assert user_content(llava(question, video="a.mp4")) == expected
+    if "\r" not in question:  # upstream's own pattern, where it applies
+        around = re.split(r"\n?<video>\n?", question)
+        assert [part["text"] for part in expected if part["type"] == "text"] == [piece for piece in around if piece]
+
+
+def test_tags_in_any_turn_are_filled_in_order_of_appearance():
+    record = {
+        "video": ["1.mp4", "2.mp4", "3.mp4"],
+        "image": ["i.png"],
+        "conversations": [
+            {"from": "system", "value": "Like <video>"},
+            {"from": "human", "value": "<image>\n<video>\nWhy?"},
+            {"from": "gpt", "value": "Because of <video>"},
+        ],
+    }
+    assert train_sft.normalize_record(record, "x")["messages"] == messages(
+        ("system", [text("Like "), video("1.mp4")]),
+        ("user", [image("i.png"), video("2.mp4"), text("Why?")]),
+        ("assistant", [text("Because of "), video("3.mp4")]),
+    )
+
+
+def test_without_tags_all_go_first_after_the_system_turn():
+    record = {
+        "video": ["1.mp4", "2.mp4"],
+        "image": "i.png",
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "user", "value": "Why?"},
+            {"from": "assistant", "value": "So."},
+        ],
+    }
+    assert train_sft.normalize_record(record, "x")["messages"] == messages(
+        ("system", [text("Be brief.")]),
+        ("user", [video("1.mp4"), video("2.mp4"), image("i.png"), text("Why?")]),
+        ("assistant", [text("So.")]),
+    )
+
+
+def test_text_that_only_looks_like_tags_is_text_where_there_is_nothing_to_place():
+    jsx = "What does <Image /> do, </video> and <videos>?"
+    assert user_content(llava(jsx)) == [text(jsx)]
+    assert user_content(llava("<video>\n" + jsx, video="a.mp4")) == [video("a.mp4"), text(jsx)]
+
+
+def test_numbers_and_texts_keep_their_types(tmp_path):
+    """Written to Arrow and read again: "3" is no 3, "1e5", "null" and "true" are texts, an id 7 has the text "7"."""
+    texts = ["3", "007", "1e5", "null", "true", "NaN", "2024-01-01", " 3 ", "½", "a\u2028b", "🙂"]
+    records = [llava(value, value, id=i) for i, value in enumerate(texts)]
+    records.append(llava("<video>", "1", video={"video": "3", "nframes": 8.0, "fps": None, "start": 1}, id="x"))
+    for name in ("n.json", "n.jsonl"):
+        loaded = load(write(tmp_path / name, records))
+        assert [row["id"] for row in loaded] == [str(i) for i in range(len(texts))] + ["x"]
+        for value, row in zip(texts, loaded):
+            assert row["messages"] == messages(("user", [text(value)]), ("assistant", [text(value)]))
+        part = loaded[-1]["messages"][0]["content"][0]
+        assert part == video("3", nframes=8, start=1.0)
+        assert (type(part["nframes"]), type(part["start"])) == (int, float)
+
+
+# ------------------------------------------------------------------------------------------------------ containers
+
+
+def test_every_container_gives_the_same_rows(tmp_path):
+    """JSON, JSONL, JSONL named .json, no suffix, BOMs, CRLF, Parquet, a datasets folder: all alike."""
+    records = [
+        llava("<video>\n<video>\nWhy?", video=["a.mp4", "b.mp4"], id="1", note="n"),
+        llava("Why?", video=None, id="2", note=None),
+        llava("Why?", video=["a.mp4"], id="3", note="x"),
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    bom = b"\xef\xbb\xbf"
+    files = {
+        "a.json": json.dumps(records).encode(),
+        "pretty.json": json.dumps(records, indent=2).encode(),
+        "bom.json": bom + json.dumps(records).encode(),
+        "a.jsonl": lines.encode(),
+        "lines.json": lines.encode(),
+        "bom.jsonl": bom + lines.encode(),
+        "crlf.jsonl": lines.replace("\n", "\r\n").encode(),
+        "blank.jsonl": ("\n \n" + lines.replace("\n", "\n\n").rstrip()).encode(),
+        "upper.JSONL": lines.encode(),
+        "no_suffix": lines.encode(),
+        "\ufeffindent.json": b"\n\n   " + json.dumps(records).encode(),
+    }
+    sources = []
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        sources.append(tmp_path / name)
+    table = datasets.Dataset.from_list(records)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "folder")
+    table.with_format("numpy").save_to_disk(tmp_path / "numpy_folder")
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "split_folder")
+    sources += [tmp_path / name for name in ("a.parquet", "folder", "numpy_folder", "split_folder")]
+    expected = [train_sft.normalize_record(record, "x") for record in records]
+    for source in sources:
+        loaded = load(source)
+        assert list(loaded) == expected, source
+        assert loaded.features == mv.CONVERSATION, source
+
+
+def test_parquet_structs_with_absent_fields(tmp_path):
+    """Arrow gives every struct all fields, null where a record lacks them; image columns give paths, not pixels."""
+    records = [
+        trl([{"type": "text", "text": "Why?"}, {"type": "video", "video": "a.mp4", "fps": 1}], [{"text": "So."}]),
+        trl([{"type": "image", "image": "i.png"}, {"type": "text", "text": "<b>?"}], [{"text": "So."}]),
+    ]
+    datasets.Dataset.from_list(records).to_parquet(tmp_path / "parts.parquet")
+    first, second = load(tmp_path / "parts.parquet")
+    assert first["messages"][0]["content"] == [text("Why?"), video("a.mp4", fps=1.0)]
+    assert second["messages"][0]["content"] == [image("i.png"), text("<b>?")]
+    options = [llava("Why?", video=[{"video": "a.mp4", "nframes": 4}]), llava("Why?", video=[{"video": "b.mp4"}])]
+    datasets.Dataset.from_list(options).to_parquet(tmp_path / "options.parquet")
+    assert [row["messages"][0]["content"][0] for row in load(tmp_path / "options.parquet")] == [
+        video("a.mp4", nframes=4), video("b.mp4")]  # fmt: skip
+
+
+def test_media_columns_give_paths_and_are_not_decoded(monkeypatch):
+    table = datasets.Dataset.from_list([trl("<image><video>Why?", image=None, images=["/i.png"], video="/v.mp4")])
+    table = table.cast_column("images", datasets.List(datasets.Image())).cast_column("image", datasets.Image())
+    table = table.cast_column("video", datasets.Video())
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: table)
+    assert load("someone/media")[0]["messages"][0]["content"] == [image("/i.png"), video("/v.mp4"), text("Why?")]
+
+
+def test_options_may_come_late(tmp_path):
+    """Ordinary inference takes its types from the first rows: a text, then a list, then options, then frames."""
+    records = [llava("Why?", video="a.mp4", id=i) for i in range(2000)]
+    records += [
+        llava("Why?", video=["a.mp4", "b.mp4"], id="list"),
+        llava("Why?", video={"video": "a.mp4", "fps": 0.25}, id=None),
+        llava("Why?", video=[["1.png", "2.png"]], id=2.5),
+    ]
+    loaded = load(write(tmp_path / "late.jsonl", records))
+    assert [row["messages"][0]["content"][:-1] for row in loaded.select(range(1999, 2003))] == [
+        [video("a.mp4")], [video("a.mp4"), video("b.mp4")], [video("a.mp4", fps=0.25)], [frames("1.png", "2.png")],
+    ]  # fmt: skip
+    assert loaded[2001]["id"] == "line 2002"
+
+
+def test_a_list_after_400_000_strings(tmp_path):
+    line = json.dumps(llava("?", "!", video="a.mp4"))
+    path = tmp_path / "long.json"
+    path.write_text("[" + (line + ",\n") * 400_000 + json.dumps(llava("?", "!", video=["a.mp4", "b.mp4"])) + "]")
+    loaded = load(path)
+    assert len(loaded) == 400_001
+    assert loaded[399_999]["messages"][0]["content"] == [video("a.mp4"), text("?")]
+    assert loaded[400_000]["messages"][0]["content"] == [video("a.mp4"), video("b.mp4"), text("?")]
+
+
+def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(tmp_path, monkeypatch):
+    reads = []
+    read_records = mv.read_records
+    monkeypatch.setattr(mv, "read_records", lambda source: reads.append(source) or read_records(source))
+    path = tmp_path / "data.json"
+    for answers, conversions in ((["One."], 1), (["One."], 1), (["Two."], 2), (["Two.", "Three."], 3)):
+        if conversions > len(reads):
+            write(path, [llava("Why?", answer) for answer in answers])
+        loaded = load(path)
+        assert [row["messages"][1]["content"][0]["text"] for row in loaded] == answers
+        assert len(reads) == conversions
+    mv.load_records(str(path))  # other rules, other rows
+    assert len(reads) == 4
+
+    table = tmp_path / "data.parquet"
+    for number, answer in enumerate(["One.", "Two."], 5):
+        datasets.Dataset.from_list([llava("Why?", answer)]).to_parquet(table)
+        assert [row["messages"][1]["content"][0]["text"] for row in load(table)] == [answer]
+        assert len(reads) == number
+
+
+def test_a_hub_dataset_is_read_again_when_its_fingerprint_changes(monkeypatch):
+    for answer in ("One.", "Two."):
+        table = datasets.Dataset.from_list([llava("Why?", answer)])
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, table=table: table)
+        assert [row["messages"][1]["content"][0]["text"] for row in load("someone/conversations")] == [answer]
+
+
+# ------------------------------------------------------------------------------------------------------ bad records
+
+CONTENT = {"type": "text", "text": "Why?"}
+BAD_RECORDS = {
+    # the record
+    "no object": ("Why?", r"a record must be an object with named fields, got str 'Why\?'"),
+    "list": ([llava()], "a record must be an object with named fields, got list"),
+    "null": (None, "a record must be an object with named fields, got NoneType"),
+    "no turns": ({"video": "a.mp4", "text": "Why?"}, "expected either 'conversations' or 'messages', got only the "
+                 "fields video, text: keep exactly one"),
+    "both": ({**llava(), **trl()}, "got conversations and messages: keep exactly one of them"),
+    "nothing": ({}, r"got only the fields \(none\)"),
+    "turns are text": ({"conversations": "Why?"}, "field 'conversations': expected a list of turns, got str 'Why"),
+    "turns are columns": ({"messages": {"role": ["user"]}}, "field 'messages': expected a list of turns, got dict"),
+    "no turn": ({"messages": []}, "field 'messages': expected a list of turns, got list"),
+    # turns
+    "turn": ({"messages": ["Why?"]}, "turn 0: expected an object, got str"),
+    "role": ({"messages": [{"role": "bot", "content": "Why?"}]}, "turn 0: 'role' must be one of human, user, gpt, "
+             "assistant, system, got str 'bot'"),
+    "role list": ({"conversations": [{"from": ["human"], "value": "?"}]}, "turn 0: 'from' must be one of .* got list"),
+    "no role": ({"messages": [{"content": "Why?"}]}, "turn 0: 'from' must be one of"),
+    "late system": ({"messages": [*llava()["conversations"], {"from": "system", "value": "x"}]},
+                    "turn 2: the system turn must come first: move it there"),
+    "answer first": ({"messages": llava()["conversations"][::-1]},
+                     "the first turn after any system turn must be the user's, got 'assistant'"),
+    "system only": ({"messages": [{"role": "system", "content": "x"}]}, "must be the user's, got 'system'"),
+    "number": (llava(3), "turn 0: 'value' must be text, got int 3: put numbers in quotes"),
+    "truth": (llava("?", True), "turn 1: 'value' must be text, got bool True"),
+    "null text": (trl("?", None), "turn 1: 'value' must be text, got NoneType None: write the text or drop the turn"),
+    "null part": (trl([{"type": "text", "text": None}]), "turn 0: 'content' must be text, got NoneType None"),
+    "number part": (trl([{"type": "text", "text": 3}]), "turn 0: 'content' must be text, got int 3"),
+    "part type": (trl([{"type": "audio", "audio": "a.wav"}]), "turn 0: the type of a part must be text, video or "
+                  "image, got str 'audio'"),
+    "openai part": (trl([{"type": "image_url", "image_url": {"url": "a"}}]), "must be text, video or image, got str"),
+    "text and video": (trl([{"type": "text", "text": "?", "video": "a.mp4"}]), "turn 0: a text part with the field "
+                       "'video': make that a part of its own"),
+    "video and text": (trl([{"type": "video", "video": "a.mp4", "text": "?"}]), "unknown option 'text'"),
+    "pad": (llava("<|video_pad|>?"), r"turn 0: the control token <\|video_pad\|> stands in the text: take it out"),
+    "end": (llava("?", "a<|im_end|>"), r"turn 1: the control token <\|im_end\|> stands in the text"),
+    "start": (trl([{"type": "text", "text": "<|im_start|>"}]), r"turn 0: the control token <\|im_start\|>"),
+    "end of text": (llava("?", "a<|endoftext|>"), r"turn 1: the control token <\|endoftext\|>"),
+    "surrogate": (llava("\ud83d"), "turn 0: the text has half a character"),
+    "no answer": ({"conversations": llava()["conversations"][:1]}, r"no assistant \('gpt'\) turn"),
+    "empty answer": (llava("?", " \n"), r"an assistant \('gpt'\) turn without text"),
+    "answer is a video": (llava("?", "<video>", video="a.mp4"), r"an assistant \('gpt'\) turn without text"),
+    # tags
+    "more tags": (llava("<video><video>", video="a.mp4"), "2 <video> tags for 1 videos: write one tag per video, or "
+                  "no tag at all"),
+    "fewer tags": (llava("<video>", video=["a.mp4", "b.mp4"]), "1 <video> tags for 2 videos: write one tag per video"),
+    "other kind": (llava("<image>?", video="a.mp4"), "0 <video> tags for 1 videos"),
+    "no video": (llava("<video>\n?"), "1 <video> tags for 0 videos: name the videos under 'video', or "
+                 "take the tag out"),
+    "empty videos": (llava("<video>?", video=[]), "1 <video> tags for 0 videos"),
+    "empty images": (llava("<image>?", image=None, images=[]), "1 <image> tags for 0 images"),
+    "placeholder": (trl([{"type": "video"}, CONTENT]), "1 <video> tags for 0 videos"),
+    "capital tag": (llava("<Video>\n?", video="a.mp4"), "the text has <Video>, which is no tag: write <video>"),
+    "numbered tags": (llava("<video1> <video2>", video=["a.mp4", "b.mp4"]), "the text has <video1>, which is no tag"),
+    "one odd tag": (llava("<video><VIDEO>", video=["a.mp4", "b.mp4"]), r"1 <video> tags .*\(<VIDEO> is no tag\)"),
+    "twice": (trl([{"type": "video", "video": "a.mp4"}, CONTENT], videos=["a.mp4"]),
+              "there are videos in the turns and under 'video' of the record: keep one of them"),
+    "frames twice": (trl([{"type": "video", "video": ["1.png"]}, CONTENT], videos=["a.mp4"]), "keep one of them"),
+    # media
+    "both fields": (llava(video="a.mp4", videos=["b.mp4"]), "fields 'video' and 'videos' are both there: keep one"),
+    "misspelt": (llava(vidoe="a.mp4"), "field 'vidoe' is not one that is read: name it 'video' or 'image', or "
+                 "drop it"),
+    "upstream of upstream": (llava(video_path=["a.mp4"]), "field 'video_path' is not one that is read"),
+    "capital": (llava(Video="a.mp4"), "field 'Video' is not one that is read"),
+    "empty path": (llava(video=""), "video: expected a file path, got str ''; where there is none, leave it out"),
+    "null path": (llava(video=["a.mp4", None]), "video: expected a file path, got NoneType None"),
+    "number path": (llava(image=3), "image: expected a file path, got int 3"),
+    "nan path": (llava(video=float("nan")), "video: expected a file path, got float nan"),
+    "no frames": (llava(video=[[]]), "video: an empty list of frame images; give at least one"),
+    "image list": (llava(image=[["a.png", "b.png"]]), "image: expected a file path, got list"),
+    "deep list": (llava(video=[[["a.png"]]]), "video: expected a file path, got list"),
+    "clips as frames": (llava(video=[["a.mp4", "b.MP4"]]), "video 'a.mp4': a video file where an image is expected: "
+                        "put it under 'video', in one flat list"),
+    "clip as image": (llava(image="a.webm"), "image 'a.webm': a video file where an image is expected"),
+    "frames as clips": (llava(video=["1.jpg", "2.jpg"]), r"video '1.jpg': a still image; frames of one video are a "
+                        r"list within the list, \[\[…\]\], and an image goes under 'image'"),
+    "no path": (llava(video={"fps": 2}), r"video: expected one path under 'video', got the fields fps"),
+    "no path in a part": (trl([{"type": "video", "fps": 2}, CONTENT]), "video: expected one path under 'video'"),
+    "two paths": (clip(path="b.mp4"), "expected one path under 'video', got the fields"),
+    "bytes": (llava(image={"bytes": "x", "path": None}), "decoded or embedded media is not read, got a field 'bytes'"),
+    "http": (llava(video="https://x.org/a.mp4"), "video 'https://x.org/a.mp4': addresses are not read: download"),
+    "s3": (llava(video=[["s3://b/1.png"]]), "addresses are not read: download first"),
+    "file": (trl([{"type": "image", "image": "file:///a.png"}]), "addresses are not read"),
+    "data": (llava(image="data:image/png;base64,AAAA"), "addresses are not read"),
+    "climb": (llava(video="../a.mp4"), "video '../a.mp4': a relative path may not climb out of --image_folder"),
+    "hidden climb": (llava(image={"image": "a/b/../../../c.png"}), "image 'a/b/../../../c.png': a relative path"),
+    "climb of a frame": (llava(video=[["1.png", "x/../../2.png"]]), "video 'x/../../2.png': a relative path may not"),
+    # options
+    "unknown option": (clip(stride=2), "unknown option 'stride'; known: fps, nframes, "
+                       "start, end, min_pixels, max_pixels, resized_width, resized_height"),
+    "text option": (clip(fps="2"), "option 'fps' must be a number, got str '2'"),
+    "truth option": (clip(fps=True), "option 'fps' must be a number, got bool True"),
+    "negative": (clip(start=-1), r"option 'start' must be above 0 \(and finite\), got -1"),
+    "nan": (clip(fps=float("nan")), "option 'fps' must be above 0"),
+    "infinite": (clip(end=float("inf")), "option 'end' must be above 0"),
+    "zero fps": (clip(fps=0), "option 'fps' must be above 0"),
+    "zero width": (clip(resized_width=0, resized_height=56), "option 'resized_width'"),
+    "huge": (clip(max_pixels=10**18), "option 'max_pixels' must be above 0"),
+    "fraction": (clip(nframes=2.5), "option 'nframes' must be a whole number, got 2.5"),
+    "one frame": (clip(nframes=1), "option 'nframes' 1: the fewest is 2"),
+    "contradiction": (clip(nframes=4, fps=1), "'fps' and 'nframes' contradict each "),
+    "half a size": (clip(resized_width=56), "'resized_width' and 'resized_height' go tog"),
+    "backwards": (clip(start=2, end=2), "'end' 2.0 s is not after 'start'"),
+    "ends at once": (clip(video_end=0), "'end' 0.0 s is not after 'start'"),
+    "bounds": (clip(min_pixels=9, max_pixels=8), "'min_pixels' is above 'max_pixels'"),
+    "image option": (llava(image={"image": "a.png", "fps": 1}), "option 'fps' means nothing for an image: drop it"),
+    "frames option": (llava(video={"video": ["1.png"], "start": 1}), "option 'start' means nothing for a list of fr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_bad_record(name):
+    record, message = BAD_RECORDS[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        train_sft.normalize_record(record, "line 7 (id 'x')")
+    assert str(caught.value).startswith("line 7 (id 'x'): ")
+
+
+def test_bad_records_are_collected_with_their_places(tmp_path):
+    """All of a file's bad records in one ValueError that names file, place, id: no error of the datasets library."""
+    records = [llava(id=5), llava(3, id=6), llava("<video>", id="seven"), llava(video="http://x"), {"id": 9}]
+    for name, place in (("bad.json", "record {}"), ("bad.jsonl", "line {}")):
+        shift = 0 if name == "bad.json" else 1
+        source = write(tmp_path / name, records)
+        with pytest.raises(ValueError) as caught:
+            load(source)
+        title, *complaints = str(caught.value).split("\n  • ")
+        assert title == f"{source}: 4 bad records"
+        starts = [" (id 6): turn 0: 'value' must be text", " (id 'seven'): 1 <video> tags for 0", ": video 'http",
+                  " (id 9): expected either"]  # fmt: skip
+        for i, (complaint, start) in enumerate(zip(complaints, starts, strict=True), 1 + shift):
+            assert complaint.startswith(place.format(i) + start)
+
+
+def test_the_id_is_named_in_what_the_trainer_finds(tmp_path):
+    with pytest.raises(ValueError, match=r"1 bad record\n  • record 0 \(id 'e'\): an assistant"):
+        load(write(tmp_path / "e.json", [llava("?", "", id="e")]))
+
+
+def test_no_more_than_twenty_bad_records_are_read(tmp_path):
+    path = write(tmp_path / "bad.jsonl", [llava(i) for i in range(30)])
+    with pytest.raises(ValueError, match=r"20 bad records \(the first ones\)") as caught:
+        load(path)
+    assert str(caught.value).count("\n  • ") == 20
+    assert "line 20: " in str(caught.value)
+    assert "line 21: " not in str(caught.value)
+
+
+GOOD = json.dumps(llava())
+BAD_FILES = {
+    "empty.json": ("", "no records in it; expected at least one"),
+    "empty.jsonl": ("\n \n", "no records in it"),
+    "empty_list.json": ("[]", "no records in it"),
+    "cut.json": (f"[{GOOD}, {GOOD[:-9]}", r"1 bad record\n  • record 1: not valid JSON \(.*EOF.*\): nothing after it"),
+    "comma.json": (f"[{GOOD},]", r"record 1: not valid JSON \(.*unallowed token"),
+    "comment.json": (f'[{GOOD[:-1]}, "video": ["a.mp4", "..."  // up to 30+ videos\n]}}]', r"record 0: not valid JSON "
+                     r"\(.*comment.*up to 30\+ videos"),
+    "garbage.json": (f"[{GOOD}] x", "record 1: not valid JSON"),
+    "one_object.json": (json.dumps(llava(), indent=2), r"1 bad record\n  • line 1: one object over several lines: "
+                        r"expected a list \[{…}, …\] of records, or one object per line"),
+    "wrapped.json": (json.dumps({"data": [llava()]}), "line 1: expected either .* got only the fields data"),
+    "bad_lines.jsonl": (f"{GOOD}\n{GOOD[:-9]}\n{GOOD}\nWhy?\n", r"2 bad records\n  • line 2: not valid JSON \(.*\): "
+                        r"expected one object per line\n  • line 4: not valid JSON"),
+    "latin1.jsonl": (json.dumps(llava("é"), ensure_ascii=False).encode("latin-1"), "line 1: not valid JSON .*utf-8"),
+    "latin1.json": (json.dumps([llava("é")], ensure_ascii=False).encode("latin-1"), "record 0: not valid .*UTF-?8"),
+    "bytes.parquet": ("garbage", r"bytes.parquet: cannot be read as a dataset: .*[Pp]arquet"),
+    "table.csv": ("a,b\n", "table.csv: cannot be read as a dataset: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file(name, tmp_path):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / name)
+
+
+def test_bad_sources(tmp_path):
+    write(tmp_path / "train.json", [llava()])
+    with pytest.raises(ValueError, match=r"a folder with JSON files \(train.json\): name the file itself"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="nobody/nothing: cannot be read as a dataset"):
+        load("nobody/nothing")
+    with pytest.raises(ValueError, match=r"gone\.json: cannot be read as a dataset"):
+        load(tmp_path / "gone.json")
+
+
+def test_anything_else_in_a_record_is_a_value_error_too():
+    """Whatever stands where: a normal row that Arrow takes, or a ValueError; never another error, never other text."""
+    rng = random.Random(0)
+    odd = [None, "", 0, 3, -1.5, True, float("nan"), 10**400, [], {}, [None], [[]], {"a": None}, "x", "<video>", ["x"],
+           [{"x": 1}], {"video": "a.mp4"}, {"type": "video"}, b"x", ("a.mp4",), {"from": "human"}]  # fmt: skip
+    bases = [record for name in EXPECTED for _, record in mv.read_records(str(EXAMPLES / name))]
+    kept = refused = 0
+    for _ in range(4000):
+        record = copy.deepcopy(rng.choice(bases))
+        for _ in range(rng.randint(1, 2)):
+            place = record
+            while isinstance(place, (dict, list)) and place:
+                key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+                if rng.random() < 0.3 or not isinstance(place[key], (dict, list)):
+                    place[key] = copy.deepcopy(rng.choice(odd))
+                    break
+                place = place[key]
+        try:
+            row = train_sft.normalize_record(record, "here")
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith("here: ")
+        else:
+            kept += 1
+            datasets.Features(mv.CONVERSATION).encode_example(row)
+            texts = [part["text"] for turn in row["messages"] for part in turn["content"] if part["type"] == "text"]
+            assert all(isinstance(value, str) and value in json.dumps(record, default=str, ensure_ascii=False)
+                       .replace("\\n", "\n") for value in texts)  # fmt: skip
+    assert min(kept, refused) > 500
