@@ -513,7 +513,7 @@ def _media_part(kind, item):
         if options.get("start", 0) >= options.get("end", math.inf):
             raise ValueError(f"{kind} {_short(item)}: options: 'end' {options['end']} s is not after 'start'")
         if options.get("min_pixels", 0) > options.get("max_pixels", math.inf):
-            raise ValueError(f"{kind} {_short(item)}: options: 'min_pixels' is above 'max_pixels': bring them in order")
+            raise ValueError(f"{kind} {_short(item)}: options: 'min_pixels' is above 'max_pixels': swap them")
         if "fps" in options and "nframes" in options:
             raise ValueError(f"{kind} {_short(item)}: options 'fps' and 'nframes' contradict each other: keep one")
         if ("resized_width" in options) != ("resized_height" in options):

@@ -1,4 +1,4 @@
-"""The usual way, as an independent reference: qwen_vl_utils, the HF processor and the plain HF model, one sample at a time."""
+"""The usual way, as an independent reference: qwen_vl_utils, HF processor, plain HF model, one sample at a time."""
 
 import os
 

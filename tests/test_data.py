@@ -220,7 +220,7 @@ def test_sizes_arithmetic(monkeypatch):
     for _ in range(1500):
         height, width = (rng.choice([rng.randint(5, 100), rng.randint(100, 2200)]) for _ in range(2))
         shape = (rng.choice([1, 2, 4, 60, 300, 301, 302, 500, 768]), 3, height, width)
-        low = rng.choice([784, 3136, 100352])
+        low = rng.choice([784, 3136, 100352, 400000])  # the last: above a long video's share
         args = mv.TrainingArguments(
             video_min_pixels=low, video_max_pixels=low + rng.choice([0, 1000, 50000, 10**6, 10**7])
         )
@@ -626,6 +626,25 @@ def test_temporal_positions_follow_each_video(folder, tiny_model):
         steps.append(times[1] - times[0])
     # 2 positions per second × 2 frames per patch ÷ frames per second
     assert steps == [int(2 * 2 / 0.5), int(2 * 2 / 2.0)]
+
+
+def test_positions_at_many_rates(models, processors):
+    """Temporal positions are floored: at 400 sampled rates, among them those that round down in one precision only."""
+    path, model = models["qwen2_5_vl"]
+    encoder, processor = mv.Encoder(path, mv.TrainingArguments()), processors["qwen2_5_vl"]
+    rates = [
+        (24 * n, fps) for n in range(1, 51) for fps in (10.0, 24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60.0)
+    ]
+    metadata = [{"fps": fps, "total_num_frames": total, "frames_indices": list(range(24))} for total, fps in rates]
+    inputs = processor(
+        text=["<|vision_start|><|video_pad|><|vision_end|>" * len(rates)],
+        videos=[torch.zeros(24, 3, 28, 28)] * len(rates), video_metadata=metadata, do_resize=False, do_sample_frames=False, return_tensors="pt",
+    )  # fmt: skip
+    ids, types, grid = inputs["input_ids"], inputs["mm_token_type_ids"], inputs["video_grid_thw"]
+    seconds = inputs["second_per_grid_ts"]
+    expected, _ = model.model.get_rope_index(ids, types, video_grid_thw=grid, second_per_grid_ts=seconds)
+    ours = [mv.FRAME_FACTOR / (24 / total * fps) for total, fps in rates]
+    assert torch.equal(encoder.positions(ids[0], grid, ours)[1:], expected[:, 0])
 
 
 def test_system_prompt(folder, models, processors):

@@ -86,8 +86,8 @@ def test_metrics(straight):
     rows = metrics(folder, volatile=True)
     train, evals = [row for row in rows if "loss" in row], [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in train] == list(range(1, 21)) and [row["step"] for row in evals] == [10, 20]
-    needed = {"step", "epoch", "loss", "learning_rate", "grad_norm", "samples", "videos", "tokens", "supervised_tokens",
-              "step_seconds", "data_wait_seconds", "max_memory_gb"}  # fmt: skip
+    needed = {"step", "epoch", "loss", "learning_rate", "grad_norm", "samples", "videos", "tokens",
+              "supervised_tokens", "step_seconds", "data_wait_seconds", "max_memory_gb"}  # fmt: skip
     assert all(needed <= set(row) for row in train)
     assert all(row["samples"] == 4 and row["videos"] == 120 for row in train)
     assert train[5]["epoch"] == 1 and train[19]["epoch"] == pytest.approx(20 / 6, abs=1e-5)
@@ -125,12 +125,11 @@ def test_loss_equals_plain_model(straight, demo, flags):
     model = AutoModelForImageTextToText.from_pretrained(demo / "model")
     processor, loss, tokens = AutoProcessor.from_pretrained(demo / "model"), 0.0, 0
     for i in window:
-        clips = [mv.load_clip(part, str(demo / "videos"), args, 28)
-                 for turn in records[i]["messages"] for part in turn["content"] if part["type"] == "video"]  # fmt: skip
-        text = processor.apply_chat_template(
-            [{"role": turn["role"], "content": [{"type": part["type"], "text": part["text"]} for part in turn["content"]]}
-             for turn in records[i]["messages"]], tokenize=False,
-        )  # fmt: skip
+        parts = [part for turn in records[i]["messages"] for part in turn["content"]]
+        clips = [mv.load_clip(part, str(demo / "videos"), args, 28) for part in parts if part["type"] == "video"]
+        plain = [{"type": part["type"], "text": part["text"]} for part in parts]
+        turns = [{"role": "user", "content": plain[:-1]}, {"role": "assistant", "content": plain[-1:]}]
+        text = processor.apply_chat_template(turns, tokenize=False)
         metadata = [{"fps": fps, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]} for _, fps in clips]
         inputs = processor(text=[text], videos=[frames for frames, _ in clips], video_metadata=metadata,
                            do_resize=False, do_sample_frames=False, return_tensors="pt")  # fmt: skip
@@ -198,7 +197,7 @@ def test_early_stopping_and_best_model(demo, flags, tmp_path, monkeypatch):
 
 
 def test_bad_steps_change_nothing_and_end_the_run(demo, flags, tmp_path, monkeypatch):
-    """Infinite weights after one absurd step: the following steps are recorded with their records and update nothing."""
+    """Infinite weights after one absurd step: the next steps are recorded with their records and update nothing."""
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         in_process(
             monkeypatch, *flags[:-2], "--learning_rate", 1e30, "--lr_scheduler_type", "constant", "--max_bad_steps", 3,
@@ -213,7 +212,8 @@ def test_bad_steps_change_nothing_and_end_the_run(demo, flags, tmp_path, monkeyp
 def test_precisions_train_alike(straight, demo, flags, tmp_path, monkeypatch, precision):
     """Three steps under autocast follow the fp32 run; the saved model has the trained parameters' type."""
     in_process(
-        monkeypatch, *flags[:-2], f"--{precision}", "True", "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path,
+        monkeypatch, *flags[:-2], f"--{precision}", "True", "--max_steps", 3, "--save_steps", 2,
+        "--output_dir", tmp_path,
         "--gradient_checkpointing", "True", "--freeze_vision_tower", "True",
     )  # fmt: skip
     first = metrics(straight[0])[0]["loss"]
@@ -222,7 +222,8 @@ def test_precisions_train_alike(straight, demo, flags, tmp_path, monkeypatch, pr
     expected = torch.bfloat16 if precision == "pure_bf16" else torch.float32
     assert types == {expected} and AutoModelForImageTextToText.from_pretrained(tmp_path).dtype == expected
     in_process(
-        monkeypatch, *flags[:-2], f"--{precision}", "True", "--max_steps", 3, "--save_steps", 2, "--output_dir", tmp_path,
+        monkeypatch, *flags[:-2], f"--{precision}", "True", "--max_steps", 3, "--save_steps", 2,
+        "--output_dir", tmp_path,
         "--gradient_checkpointing", "True", "--freeze_vision_tower", "True", "--resume_from_checkpoint",
         tmp_path / "checkpoint-2",
     )  # fmt: skip

@@ -2,10 +2,10 @@
 
     python tools/benchmark.py sft
 
-The usual way: qwen_vl_utils + HF processor in a DataLoader; HF forward with `labels=`, attention sdpa, batch 1 and padded
-batch 4. Ours: SampleStream; packed rows. Same clips, same grids, same tiny model with Qwen's vocabulary of 151,936. Both
-run in one process, in turn, so that a slow moment of the machine hits both; the table shows medians and the ratios'
-spread. Peak memory is that of a process of its own for each way. Writes the table and a JSON next to it.
+The usual way: qwen_vl_utils + HF processor in a DataLoader; HF forward with `labels=`, attention sdpa, batch 1 and
+padded batch 4. Ours: SampleStream; packed rows. Same clips, same grids, same tiny model with Qwen's vocabulary of
+151,936. Both run in one process, in turn, so that a slow moment of the machine hits both; the table shows medians
+and the ratios' spread. Peak memory is that of a process of its own for each way. Writes the table and a JSON.
 """
 
 import argparse
@@ -109,7 +109,8 @@ def pad(batch):
     joined = {name: torch.cat([torch.as_tensor(b[name]) for b in batch])
               for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")}  # fmt: skip
     return {"input_ids": padded("input_ids", 0), "attention_mask": padded("attention_mask", 0),
-            "labels": padded("labels", -100), "mm_token_type_ids": padded("mm_token_type_ids", 0), **joined}  # fmt: skip
+            "labels": padded("labels", -100), "mm_token_type_ids": padded("mm_token_type_ids", 0),
+            **joined}  # fmt: skip
 
 
 class Ways:
@@ -257,7 +258,8 @@ def main():
         lines.append(f"| peak memory, batch {b}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())  # fmt: skip
-    where = f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpu}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    where = f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpu}, {versions}"
     table = "\n".join([*lines, "", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."])
     print(table)
     output = Path(options.output_dir)

@@ -3,14 +3,14 @@
     python tools/make_demo.py --output_dir demo
 
 writes
-    demo/model            random weights, about 1 MB, with a real processor: `AutoProcessor.from_pretrained("demo/model")` works
+    demo/model            random weights, about 1 MB, with a real processor for `AutoProcessor.from_pretrained`
     demo/videos/*.mp4     short H.264 clips: a moving texture, mixed sizes, frame rates and lengths
     demo/sft_train.json   records of 30 videos each; demo/sft_eval.json shares neither a file nor any content with it
     demo/demo.json        the settings, written last: a directory that has it is complete and is not made again
 
-The question of every record is which colour the one clip has that is not grey. Six colours occur equally often, and colour says
-nothing about size, frame rate, length or position, so only the pixels of the right clip hold the answer: guessing gives
-17 %. One record:
+The question of every record is which colour the one clip has that is not grey. Six colours occur equally often, and
+colour says nothing about size, frame rate, length or position, so only the pixels of the right clip hold the answer:
+guessing gives 17 %. One record:
 
     {"id": "train-0", "video": ["grey-17.mp4", ...], "conversations": [
         {"from": "human", "value": "<video>\n<video>\n...Which colour ...?"}, {"from": "gpt", "value": "... red."}]}
@@ -41,13 +41,15 @@ ANSWER = "The one coloured clip is {}."
 SYSTEM_PROMPT = "You are a helpful assistant."
 
 SPECIAL_TOKENS = [  # in the order of Qwen's own vocabulary
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 
 # ChatML as Qwen2-VL and Qwen2.5-VL write it.
 CHAT_TEMPLATE = """\
-{%- set pads = {"image": "<|vision_start|><|image_pad|><|vision_end|>", "video": "<|vision_start|><|video_pad|><|vision_end|>"} -%}
+{%- set pads = {"image": "<|vision_start|><|image_pad|><|vision_end|>",
+                "video": "<|vision_start|><|video_pad|><|vision_end|>"} -%}
 {%- if messages[0]["role"] != "system" %}{{ "<|im_start|>system\\nSYSTEM_PROMPT<|im_end|>\\n" }}{% endif -%}
 {%- for message in messages -%}
     {{- "<|im_start|>" + message["role"] + "\\n" -}}
@@ -65,7 +67,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_processor(family):
-    """Returns a Qwen2-VL or Qwen2.5-VL processor whose byte-level BPE knows any text and the demo's words as one token each."""
+    """A processor of the family whose byte-level BPE knows any text, and the demo's words as one token each."""
     import tokenizers
     import transformers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -96,16 +98,18 @@ def build_processor(family):
 
 
 def save_tiny_model(
-    path, family="qwen2_5_vl", *, hidden_size=64, intermediate_size=None, num_layers=2, num_heads=None, num_kv_heads=None,
+    path, family="qwen2_5_vl", *, hidden_size=64, intermediate_size=None, num_layers=2, num_heads=None,
+    num_kv_heads=None,
     vision_hidden_size=None, vision_intermediate_size=None, vision_num_heads=None, depth=2, fullatt_block_indexes=None,
     vocab_size=None, tie_word_embeddings=False, initializer_range=0.02, seed=0,
 ):  # fmt: skip
     """Save a random-weight model of `family` ("qwen2_5_vl" or "qwen2_vl") and its processor to `path`; return `path`.
 
-    Sizes not given follow from `hidden_size`: heads of 16, half as many key-value heads, a vision tower of the same width.
-    `vocab_size` (default: the tokenizer's length, rounded up to 64) may be raised to 151936 to make the head as expensive as
-    the real one. What data code depends on (patch 14, temporal patch 2, merge 2, window 112, 2 positions per second) is as in
-    the real models. The weights depend on `seed` alone; torch's global random state is left as it was.
+    Sizes not given follow from `hidden_size`: heads of 16, half as many key-value heads, a tower of the same width.
+    `vocab_size` (default: the tokenizer's length, rounded up to 64) may be raised to 151936 to make the head as
+    expensive as the real one. What data code depends on (patch 14, temporal patch 2, merge 2, window 112, 2 positions
+    per second) is as in the real models. The weights depend on `seed` alone; torch's own
+    random state is left as it was.
     """
     import torch
     import transformers
@@ -122,11 +126,13 @@ def save_tiny_model(
     eighth = hidden_size // num_heads // 8  # half the head size is split 2 : 3 : 3 over time, height and width
     text_config = dict(
         vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size or 2 * hidden_size,
-        num_hidden_layers=num_layers, num_attention_heads=num_heads, num_key_value_heads=num_kv_heads or num_heads // 2,
+        num_hidden_layers=num_layers, num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads or num_heads // 2,
         rms_norm_eps=1e-6, initializer_range=initializer_range, tie_word_embeddings=tie_word_embeddings,
         bos_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         rope_parameters=dict(
-            rope_type="default", rope_theta=1e6, mrope_section=[4 * eighth - 3 * eighth // 2 * 2] + [3 * eighth // 2] * 2
+            rope_type="default", rope_theta=1e6,
+            mrope_section=[4 * eighth - 3 * eighth // 2 * 2] + [3 * eighth // 2] * 2,
         ),
     )  # fmt: skip
     vision_config = dict(
@@ -169,7 +175,7 @@ def save_tiny_model(
 
 
 def write_clip(path, colour, seed):
-    """Write one H.264 clip of 1 to 3 seconds: a texture that moves, grey or tinted, every property but the tint from `seed`."""
+    """Write one H.264 clip of 1 to 3 seconds: a moving texture, grey or tinted; all but the tint comes from `seed`."""
     rng = np.random.default_rng(seed)
     height, width = rng.choice([64, 80, 90, 96, 112, 128], 2).tolist()
     rate = [Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30)][rng.integers(4)]
@@ -194,7 +200,7 @@ def write_clip(path, colour, seed):
 
 
 def make_split(split, directory, num_records, videos_per_sample, num_grey, num_per_colour, seed):
-    """Write the clips of `split` into `directory` and return its records; clips are used again and again, in random order."""
+    """Write the clips of `split` into `directory` and return its records; clips are used again and again."""
     rng = random.Random(f"{split} {seed}")
     clips = {}
     for colour in ("grey", *COLOURS):
@@ -221,7 +227,7 @@ def write_json(path, value):
 
 
 def make_demo(output_dir, *, num_train=768, num_eval=120, videos_per_sample=30, small=False, seed=0):
-    """Make the model and the data set in `output_dir`, unless it already holds them, made by this script and these settings."""
+    """Make the model and the data set in `output_dir`, unless this script made them there with these settings."""
     output_dir = Path(output_dir)
     num_train, num_eval = (24, 12) if small else (num_train, num_eval)
     if min(num_train, num_eval, videos_per_sample) < 1:
@@ -250,7 +256,8 @@ def make_demo(output_dir, *, num_train=768, num_eval=120, videos_per_sample=30, 
     size = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
     print(
         f"{output_dir}: {len(train)} training and {len(held_out)} held-out records of {videos_per_sample} videos, "
-        f"{len(list(videos.glob('*.mp4')))} clips, a tiny model; {size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s"
+        f"{len(list(videos.glob('*.mp4')))} clips, a tiny model; {size / 1e6:.1f} MB "
+        f"in {time.monotonic() - start:.0f} s"
     )
     return output_dir
 
