@@ -299,6 +299,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
     for flag in ("image_folder", "eval_image_folder"):
         path = getattr(args, flag)
         complain(path and not Path(path).is_dir(), f"--{flag} {path}: no such folder")
+    complain(args.system_prompt and CONTROL_TOKENS.search(args.system_prompt),
+             "--system_prompt has a control token such as <|im_end|>: take it out")  # fmt: skip
     complain(Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file: name a folder")
     complain(
         _looks_local(args.model_id) and not Path(args.model_id).is_dir(), f"--model_id {args.model_id}: no such folder"
@@ -397,6 +399,19 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
 def _looks_local(name):
     name = str(name)
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.lower().endswith(DATA_SUFFIXES)
+
+
+class InputError(ValueError):
+    """A wrong argument, record, file or checkpoint, whose message says all: `run` shows it without a traceback."""
+
+
+def run(main):
+    """Run a trainer's main(); what is wrong with its input ends it with one message and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        print(f"\n{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
 
 
 def say(message: str):
@@ -667,7 +682,7 @@ def _open_table(source):
         else:
             table = datasets.load_dataset(source, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{source}: cannot be read as a dataset: {error.__cause__ or error}") from None
+        raise InputError(f"{source}: cannot be read as a dataset: {error.__cause__ or error}") from None
     table = table.with_format(None)
     for name, feature in table.features.items():  # give paths, decode nothing
         if isinstance(getattr(feature, "feature", feature), (datasets.Image, datasets.Video)):
@@ -703,9 +718,9 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
         if complaints:
             many = "1 bad record" if len(complaints) == 1 else f"{len(complaints)} bad records"
             more = " (the first ones)" if len(complaints) == MAX_COMPLAINTS else ""
-            raise ValueError(f"{source}: {many}{more}\n  • " + "\n  • ".join(complaints))
+            raise InputError(f"{source}: {many}{more}\n  • " + "\n  • ".join(complaints))
         if not count:
-            raise ValueError(f"{source}: no records in it; expected at least one")
+            raise InputError(f"{source}: no records in it; expected at least one")
 
     path = Path(source)
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
@@ -933,8 +948,8 @@ def read_image(path: str) -> Image.Image:
 def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Bicubic with antialiasing on uint8 [F, 3, h, w] → [F, 3, height, width].
 
-    Rounded and clipped after each of its two passes, as Pillow does it. Float arithmetic, clipped once, is 0.06 to 0.16
-    grey levels away on average on real clips, and more than 2 (up to 10) only beside black and white edges.
+    Rounded and clipped after each of its two passes, as Pillow does it. Float arithmetic, clipped once, is 0.06 to
+    0.16 grey levels away on average on real clips, and more than 2 (up to 10) only beside black and white edges.
     """
     if frames.shape[-2:] == (height, width):
         return frames
@@ -1135,8 +1150,10 @@ class Encoder:
             patches, grids, seconds, shrunk = self.clips(messages, folder)
             input_ids, labels = self.tokenize(messages)
         except ValueError as error:
-            raise ValueError(f"record {record['id']}: {error}") from None
+            raise InputError(f"record {record['id']}: {error}") from None
         pads = [t * h * w // self.merge_size**2 for t, h, w in grids]
+        placeholders = sum(token in self.vision_ids[2:] for token in input_ids)
+        assert placeholders == len(pads), f"the chat template wrote {placeholders} placeholders for {len(pads)} clips"
         ids, targets, clip = [], [], iter(pads)
         for token, target in zip(input_ids, labels):  # widen one pad per clip to one per visual token
             count = next(clip) if token in self.vision_ids[2:] else 1
@@ -1147,7 +1164,7 @@ class Encoder:
                   "num_images": kinds.count("image"), "shrunk": shrunk}  # fmt: skip
         if len(ids) > self.args.max_seq_length:
             if self.args.on_long_sample == "error":
-                raise ValueError(
+                raise InputError(
                     f"record {record['id']}: {len(ids)} tokens ({sum(pads)} visual), --max_seq_length is "
                     f"{self.args.max_seq_length}: raise it, set --max_video_tokens, lower --fps or the sizes, or "
                     "--on_long_sample skip"
@@ -1185,7 +1202,7 @@ def positions_only(config):
         ValueError: the model is of a family that is not supported.
     """
     if config.model_type not in FAMILIES:
-        raise ValueError(f"--model_id is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}")
+        raise InputError(f"--model_id is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}")
     model_class = transformers.models.auto.modeling_auto.MODEL_MAPPING[type(config)]
     model = model_class.__new__(model_class)
     torch.nn.Module.__init__(model)
@@ -1400,18 +1417,18 @@ def load_model(args: TrainingArguments, device, path: str | None = None):
     """
     config = AutoConfig.from_pretrained(path or args.model_id, cache_dir=args.cache_dir)
     if config.model_type not in FAMILIES:
-        raise ValueError(
+        raise InputError(
             f"--model_id {args.model_id} is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}"
         )
     if getattr(config.get_text_config(), "use_sliding_window", False):
-        raise ValueError(f"--model_id {args.model_id}: sliding-window attention is not supported; set "
+        raise InputError(f"--model_id {args.model_id}: sliding-window attention is not supported; set "
                          "use_sliding_window to false in its config.json")  # fmt: skip
     model, info = AutoModelForImageTextToText.from_pretrained(
         path or args.model_id, cache_dir=args.cache_dir, dtype=torch.float32 if path else "auto",
         attn_implementation="sdpa", output_loading_info=True,
     )  # fmt: skip
     if missing := info["missing_keys"]:
-        raise ValueError(f"{path or args.model_id} lacks {len(missing)} weights, first {sorted(missing)[0]!r}: "
+        raise InputError(f"{path or args.model_id} lacks {len(missing)} weights, first {sorted(missing)[0]!r}: "
                          "the files are not of this model")  # fmt: skip
     trained = choose_trained(model, args)
     low = torch.bfloat16 if args.pure_bf16 else autocast_dtype(args)
@@ -1451,11 +1468,11 @@ def choose_trained(model, args: TrainingArguments) -> set[str]:
     ):
         count = getattr(args, flag)
         if count > len(blocks):
-            raise ValueError(f"--{flag} {count}: the model has only {len(blocks)}")
+            raise InputError(f"--{flag} {count}: the model has only {len(blocks)}")
         chosen = {id(p) for block in list(blocks)[len(blocks) - count :] for p in block.parameters()}
         trained |= {name for name, p in model.named_parameters() if id(p) in chosen}
     if not trained:
-        raise ValueError("the freezing flags leave nothing to train: drop one of them")
+        raise InputError("the freezing flags leave nothing to train: drop one of them")
     return trained
 
 
@@ -1604,7 +1621,7 @@ class SampleStream:
             sample = future.result()
         except pebble.ProcessExpired as error:
             files = [path for turn in row["messages"] for part in turn["content"] for path in part["files"]]
-            raise ValueError(f"record {row['id']}: the process that decoded it died (exit code {error.exitcode}): "
+            raise InputError(f"record {row['id']}: the process that decoded it died (exit code {error.exitcode}): "
                              f"one of its files is harmful: {', '.join(files)}") from None  # fmt: skip
         self.sample_bytes = max(self.sample_bytes, sum(v.nbytes for v in sample.values() if isinstance(v, np.ndarray)))
         return sample
@@ -1763,7 +1780,7 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
     if args.resume_from_checkpoint != "auto":
         folder = Path(args.resume_from_checkpoint)
         if problem := checkpoint_problem(folder):
-            raise ValueError(f"--resume_from_checkpoint {folder}: {problem}; auto takes the newest complete one")
+            raise InputError(f"--resume_from_checkpoint {folder}: {problem}; auto takes the newest complete one")
         return folder
     for folder in reversed(list_checkpoints(args.output_dir)):
         if problem := checkpoint_problem(folder):
@@ -1786,7 +1803,7 @@ def restore_checkpoint(folder: Path, model, optimizer, scaler, state: dict) -> d
     changed = [f"{key}: {saved['order'].get(key)} then, {value} now" for key, value in state["order"].items()
                if saved["order"].get(key) != value]  # fmt: skip
     if changed:
-        raise ValueError(f"{folder} belongs to another run; these differ:\n  • " + "\n  • ".join(changed)
+        raise InputError(f"{folder} belongs to another run; these differ:\n  • " + "\n  • ".join(changed)
                          + "\nGive the same values, or start in another --output_dir")  # fmt: skip
     names = _parameter_names(model, optimizer)
     tensors, numbers = load_file(folder / "optimizer.safetensors"), saved["optimizer"]
@@ -1796,10 +1813,10 @@ def restore_checkpoint(folder: Path, model, optimizer, scaler, state: dict) -> d
         for entry, value in values.items():
             name, key = entry.rsplit("/", 1)
             if name not in index:
-                raise ValueError(f"{folder}: optimizer state of {name}, which this run does not train")
+                raise InputError(f"{folder}: optimizer state of {name}, which this run does not train")
             optimizer_state[index[name]][key] = value
     if (tensors or numbers) and (missing := [names[i] for i, values in optimizer_state.items() if not values]):
-        raise ValueError(f"{folder}: no optimizer state for {len(missing)} parameters, first {missing[0]}")
+        raise InputError(f"{folder}: no optimizer state for {len(missing)} parameters, first {missing[0]}")
     if tensors or numbers:
         optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
     random_states = load_file(folder / "random_states.safetensors")

@@ -224,7 +224,7 @@ def main():
         )
         bar.update()
         if state["bad_steps"] >= args.max_bad_steps:
-            raise FloatingPointError(
+            raise mv.InputError(
                 f"{args.max_bad_steps} steps in a row had a loss or gradient that is not finite; the newest "
                 f"checkpoint has the last good weights. Records of the last step: {ids[:8]}"
             )
@@ -237,7 +237,7 @@ def main():
         if eval_records and (due[args.eval_strategy] or (stop and args.eval_strategy != "no")):
             result = evaluate(model, stream, eval_records, encoder, args, accelerator, autocast)
             if args.metric_for_best_model.removeprefix("eval_") not in {key.removeprefix("eval_") for key in result}:
-                raise ValueError(
+                raise mv.InputError(
                     f"--metric_for_best_model {args.metric_for_best_model}: evaluation gives {', '.join(result)}"
                 )
             metric = result[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
@@ -285,4 +285,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    mv.run(main)

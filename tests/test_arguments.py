@@ -305,6 +305,7 @@ def test_help_has_a_sentence_for_every_field(parse, capsys):
         assert f"--{name}" in shown
         assert re.sub(r"\s", "", field.metadata["help"]) in re.sub(r"\s", "", shown), name
     assert "Frames taken per second of video. [2.0]" in shown
+    assert "option_strings" not in shown  # what argparse makes of a bare % in a help text
 
 
 def test_every_field_is_read_somewhere():

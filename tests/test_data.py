@@ -638,7 +638,8 @@ def test_positions_at_many_rates(models, processors):
     metadata = [{"fps": fps, "total_num_frames": total, "frames_indices": list(range(24))} for total, fps in rates]
     inputs = processor(
         text=["<|vision_start|><|video_pad|><|vision_end|>" * len(rates)],
-        videos=[torch.zeros(24, 3, 28, 28)] * len(rates), video_metadata=metadata, do_resize=False, do_sample_frames=False, return_tensors="pt",
+        videos=[torch.zeros(24, 3, 28, 28)] * len(rates), video_metadata=metadata,
+        do_resize=False, do_sample_frames=False, return_tensors="pt",
     )  # fmt: skip
     ids, types, grid = inputs["input_ids"], inputs["mm_token_type_ids"], inputs["video_grid_thw"]
     seconds = inputs["second_per_grid_ts"]

@@ -198,7 +198,7 @@ def test_early_stopping_and_best_model(demo, flags, tmp_path, monkeypatch):
 
 def test_bad_steps_change_nothing_and_end_the_run(demo, flags, tmp_path, monkeypatch):
     """Infinite weights after one absurd step: the next steps are recorded with their records and update nothing."""
-    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+    with pytest.raises(mv.InputError, match="3 steps in a row"):
         in_process(
             monkeypatch, *flags[:-2], "--learning_rate", 1e30, "--lr_scheduler_type", "constant", "--max_bad_steps", 3,
             "--save_strategy", "no", "--output_dir", tmp_path,
