@@ -1,14 +1,15 @@
 """The one helper that the trainers share: everything about many videos in one sample that has one right answer.
 
 Sections, in the order data flows: arguments, records, sampling and decoding, encoding, packing and attention, loading
-the model, order and prefetch, checkpoints. It knows nothing of objectives: losses, metrics and loops stay in the
-trainers.
+the model, processes, order and prefetch, checkpoints. It knows nothing of objectives: losses, metrics and loops stay
+in the trainers.
 
 Shapes in the comments: B samples in a row, T tokens, N clips (videos and images), F frames, P patches, S supervised
 tokens, H attention heads, D head dimension.
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -17,6 +18,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -37,12 +39,18 @@ import pebble
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
@@ -91,6 +99,27 @@ class TrainingArguments:
     unfreeze_topk_llm: int = arg(0, "With --freeze_llm: train the last K decoder layers all the same.")
     unfreeze_topk_vision: int = arg(0, "With --freeze_vision_tower: train the last K tower blocks all the same.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass: less memory, slower.")
+
+    # adapters: LoRA beside frozen weights, which may be quantised
+    lora_enable: bool = arg(False, "Train LoRA adapters on the frozen language model (needs --freeze_llm True).")
+    vision_lora: bool = arg(False, "Put adapters on the frozen vision tower and merger too.")
+    use_dora: bool = arg(False, "DoRA: adapters that train the direction and the length of weights apart.")
+    lora_rank: int = arg(64, "Rank of the adapters.")
+    lora_alpha: int = arg(16, "Adapters are scaled by alpha / rank.")
+    lora_dropout: float = arg(0.05, "Share of an adapter's inputs that is dropped in training.")
+    lora_bias: str = arg(
+        "none", "Biases to train besides: none, all, or those of the adapted layers.", choices=["none", "all", "lora_only"]
+    )  # fmt: skip
+    lora_namespan_exclude: str | None = arg(
+        None, "List of strings: modules whose name has one of them get no adapter, \"['lm_head', 'embed_tokens']\" say."
+    )
+    num_lora_modules: int = arg(-1, "Adapters on the last N of the chosen modules only; -1: on all.")
+    lora_weight_path: str | None = arg(
+        None, "Folder of an adapter to go on from: its rank, alpha, DoRA, biases and modules stand for the flags."
+    )
+    bits: int = arg(16, "Hold the frozen language model in 8 or 4 bits (QLoRA).", choices=[16, 8, 4])
+    quant_type: str = arg("nf4", "Number format of --bits 4.", choices=["nf4", "fp4"])
+    double_quant: bool = arg(True, "Quantise the scales of --bits 4 as well.")
 
     # data
     data_path: str | None = arg(None, "Training records: a .json, .jsonl or .parquet file, or a datasets name/folder.")
@@ -175,8 +204,12 @@ class TrainingArguments:
     run_name: str | None = arg(None, "Name of the run in the trackers.")
 
 
+# Flags that mean nothing without --lora_enable, and those that an adapter's own config answers.
+ADAPTER_FLAGS = ["use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "lora_namespan_exclude",
+                 "num_lora_modules", "lora_weight_path"]  # fmt: skip
+ADAPTER_SHAPE = {"lora_rank": "r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "lora_bias": "bias"}
+
 # Flags that people bring along from 2U1/Qwen2-VL-Finetune or the HF Trainer, and what takes their place here.
-ADAPTERS_ANSWER = "adapters and quantised weights are not supported: train full weights, or freeze parts of the model"
 REPLACED_FLAGS = {
     **dict.fromkeys(["deepspeed", "fsdp", "fsdp_config"], "say it to the launcher: accelerate launch --config_file "
                     "accelerate_configs/… train_sft.py"),
@@ -194,9 +227,6 @@ REPLACED_FLAGS = {
     "logging_dir": "drop it: everything goes to --output_dir",
     "overwrite_output_dir": "choose another --output_dir, or --resume_from_checkpoint auto",
     "lr_scheduler_kwargs": "drop it: the schedules of --lr_scheduler_type take no options",
-    **dict.fromkeys(["lora_enable", "vision_lora", "use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_bias",
-                     "lora_namespan_exclude", "num_lora_modules", "lora_weight_path", "bits", "quant_type",
-                     "double_quant"], ADAPTERS_ANSWER),
 }  # fmt: skip
 
 
@@ -345,11 +375,43 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
 
     complain(args.bf16 + args.fp16 + args.pure_bf16 > 1, "--bf16, --fp16 and --pure_bf16 exclude each other: give one")
     complain(args.freeze_llm and args.freeze_merger and args.freeze_vision_tower
-             and not (args.unfreeze_topk_llm or args.unfreeze_topk_vision),
+             and not (args.unfreeze_topk_llm or args.unfreeze_topk_vision or args.lora_enable),
              "--freeze_llm, --freeze_merger and --freeze_vision_tower leave nothing to train: drop one")  # fmt: skip
     complain(args.unfreeze_topk_llm and not args.freeze_llm, "--unfreeze_topk_llm needs --freeze_llm True")
     complain(args.unfreeze_topk_vision and not args.freeze_vision_tower,
              "--unfreeze_topk_vision needs --freeze_vision_tower True")  # fmt: skip
+
+    complain(args.lora_enable and not args.freeze_llm,
+             "--lora_enable needs --freeze_llm True: adapters stand beside frozen weights")  # fmt: skip
+    complain(args.vision_lora and not (args.lora_enable and args.freeze_vision_tower),
+             "--vision_lora needs --lora_enable True and --freeze_vision_tower True")  # fmt: skip
+    idle = [f"--{flag}" for flag in ADAPTER_FLAGS if flag in given]
+    complain(idle and "lora_enable" not in given, f"{', '.join(idle)}: for adapters, which need --lora_enable True")
+    complain(args.bits < 16 and not args.lora_enable, f"--bits {args.bits} needs --lora_enable True (and --freeze_llm "
+             "True): quantised weights cannot be trained themselves")  # fmt: skip
+    complain(args.bits < 16 and args.unfreeze_topk_llm,
+             f"--unfreeze_topk_llm with --bits {args.bits}: quantised layers cannot be trained: drop one")  # fmt: skip
+    complain(args.bits < 16 and (launched_with("deepspeed") or launched_with("fsdp")),
+             f"--bits {args.bits} runs in one process or under DDP: choose another file of accelerate_configs/")  # fmt: skip
+    complain(args.lora_rank <= 0, f"--lora_rank {args.lora_rank}: must be above 0")
+    complain(not 0 <= args.lora_dropout < 1, f"--lora_dropout {args.lora_dropout}: must be 0 or more and below 1")
+    complain(args.num_lora_modules == 0 or args.num_lora_modules < -1,
+             f"--num_lora_modules {args.num_lora_modules}: must be above 0 (or -1: all)")  # fmt: skip
+    complain(_listed(args.lora_namespan_exclude) is None, f"--lora_namespan_exclude {args.lora_namespan_exclude}: "
+             "expected a list of names in quotes, as in \"['lm_head', 'embed_tokens']\"")  # fmt: skip
+    if folder := args.lora_weight_path:
+        files = [Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+        missing = [file.name for file in files if not file.is_file()]
+        held = {} if missing else json.loads(files[0].read_text())
+        complain(missing, f"--lora_weight_path {folder}: no {' and no '.join(missing)} there")
+        complain(held and held["peft_type"] != "LORA", f"--lora_weight_path {folder}: {held.get('peft_type')}, not LoRA")
+        for flag, key in ADAPTER_SHAPE.items():
+            value = held.get(key, getattr(args, flag))
+            complain(flag in given and getattr(args, flag) != value,
+                     f"--{flag} {getattr(args, flag)}: the adapter of --lora_weight_path has {value}")  # fmt: skip
+            setattr(args, flag, value)
+        complain(args.lora_namespan_exclude or args.num_lora_modules > 0, "--lora_namespan_exclude, "
+                 "--num_lora_modules: the adapter of --lora_weight_path has its modules: drop them")  # fmt: skip
 
     if args.eval_strategy is None:
         args.eval_strategy = "epoch" if args.eval_path else "no"
@@ -386,14 +448,28 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
                  f"--report_to {name}: no such tracker; known: none, {', '.join(LoggerType.list())}")  # fmt: skip
         complain(name in LoggerType.list()[1:] and name not in available,
                  f"--report_to {name} needs its package: pip install {name}")  # fmt: skip
-    uses_bitsandbytes = "8bit" in args.optim or args.optim.startswith("paged")
-    complain(uses_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None,
-             f"--optim {args.optim} needs bitsandbytes: pip install bitsandbytes")  # fmt: skip
+    uses_bitsandbytes = {
+        f"--optim {args.optim}": "8bit" in args.optim or args.optim.startswith("paged"),
+        f"--bits {args.bits}": args.bits < 16,
+    }
+    for flag, uses in uses_bitsandbytes.items():
+        complain(uses and importlib.util.find_spec("bitsandbytes") is None,
+                 f"{flag} needs bitsandbytes: pip install bitsandbytes")  # fmt: skip
     complain(args.attn_implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None,
              "--attn_implementation flash_attn needs the flash-attn package; varlen comes with torch")  # fmt: skip
     complain(args.attn_implementation in ("varlen", "flash_attn") and not torch.cuda.is_available(),
              f"--attn_implementation {args.attn_implementation} needs a CUDA device: use sdpa or auto")  # fmt: skip
     return problems
+
+
+def _listed(text):
+    """The strings of a Python or JSON list, None if it is anything else."""
+    try:
+        names = ast.literal_eval(text or "[]")
+    except (ValueError, SyntaxError):
+        return None
+    good = isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names)
+    return list(names) if good else None
 
 
 def _looks_local(name):
@@ -1401,6 +1477,11 @@ def token_logps(logits: torch.Tensor, targets: torch.Tensor, chunk: int = 1024) 
 # ----------------------------------------------------------------------------------------------- 6. loading the model
 
 
+def launched_with(name: str) -> bool:
+    """Whether accelerate launch runs this process under "deepspeed" or "fsdp"."""
+    return os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"
+
+
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     """Type of the products under autocast, None without it."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -1410,12 +1491,17 @@ def load_model(args: TrainingArguments, device, path: str | None = None):
     """Load the model to train, freeze what the flags say, and set types and attention.
 
     Trainable parameters are fp32 (under autocast too: at a learning rate of 2e-6 a bf16 weight of 0.02 does not move),
-    frozen ones have the autocast type; --pure_bf16 makes all bf16. `path`: a checkpoint that replaces --model_id.
+    frozen ones have the autocast type; --pure_bf16 makes all bf16. Under DeepSpeed and FSDP2 all have
+    one type. `path`: a checkpoint that replaces --model_id, or with --lora_enable an adapter that goes on top of it.
 
     Raises:
         ValueError: unsupported family, or weights that the checkpoint lacks.
     """
-    config = AutoConfig.from_pretrained(path or args.model_id, cache_dir=args.cache_dir)
+    if path and (Path(path) / "adapter_config.json").is_file() != args.lora_enable:
+        raise InputError(f"{path} was written {'without' if args.lora_enable else 'with'} --lora_enable True: "
+                         "go on as it began, or start in another --output_dir")  # fmt: skip
+    source = path if path and not args.lora_enable else args.model_id
+    config = AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)
     if config.model_type not in FAMILIES:
         raise InputError(
             f"--model_id {args.model_id} is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}"
@@ -1423,20 +1509,37 @@ def load_model(args: TrainingArguments, device, path: str | None = None):
     if getattr(config.get_text_config(), "use_sliding_window", False):
         raise InputError(f"--model_id {args.model_id}: sliding-window attention is not supported; set "
                          "use_sliding_window to false in its config.json")  # fmt: skip
+    # DeepSpeed and FSDP2 split parameters of one type; DeepSpeed keeps the fp32 masters of low ones.
+    low = torch.bfloat16 if args.pure_bf16 else autocast_dtype(args)
+    split = launched_with("deepspeed") or launched_with("fsdp")
+    dtype = torch.float32 if split or source == path else "auto"
+    if low is not None and (launched_with("deepspeed") or (split and args.pure_bf16)):
+        dtype = low
     model, info = AutoModelForImageTextToText.from_pretrained(
-        path or args.model_id, cache_dir=args.cache_dir, dtype=torch.float32 if path else "auto",
-        attn_implementation="sdpa", output_loading_info=True,
+        source, cache_dir=args.cache_dir, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
+        **quantization(args, low, device),
     )  # fmt: skip
     if missing := info["missing_keys"]:
-        raise InputError(f"{path or args.model_id} lacks {len(missing)} weights, first {sorted(missing)[0]!r}: "
+        raise InputError(f"{source} lacks {len(missing)} weights, first {sorted(missing)[0]!r}: "
                          "the files are not of this model")  # fmt: skip
-    trained = choose_trained(model, args)
-    low = torch.bfloat16 if args.pure_bf16 else autocast_dtype(args)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
-        full = name in trained and not args.pure_bf16
-        parameter.data = parameter.data.to(device, torch.float32 if full or low is None else low)
-    model.to(device)
+
+    def set_types(trained):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+            full = low is None or (name in trained and not args.pure_bf16)
+            if split:
+                parameter.data = parameter.data.to(dtype)
+            elif parameter.is_floating_point():  # quantised weights are integers, and on the device
+                parameter.data = parameter.data.to(device, torch.float32 if full else low)
+
+    set_types(trained := choose_trained(model, args))
+    if args.lora_enable:
+        model = add_adapter(model, trained, args)
+        set_types({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+        if path or args.lora_weight_path:
+            load_adapter(model, args, path)
+    if not split:
+        model.to(device)
     kernel = args.attn_implementation
     if kernel == "auto":
         kernel = "varlen" if low is not None and torch.device(device).type == "cuda" else "sdpa"
@@ -1446,11 +1549,95 @@ def load_model(args: TrainingArguments, device, path: str | None = None):
     return model
 
 
+def quantization(args: TrainingArguments, low: torch.dtype | None, device) -> dict:
+    """What from_pretrained needs for --bits 8 and 4: language layers are quantised, tower, merger and head are not."""
+    if args.bits == 16:
+        return {}
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning per 8-bit product
+    config = transformers.BitsAndBytesConfig(
+        load_in_8bit=args.bits == 8, load_in_4bit=args.bits == 4, llm_int8_skip_modules=["model.visual", "lm_head"],
+        bnb_4bit_compute_dtype=low or torch.float32, bnb_4bit_quant_type=args.quant_type,
+        bnb_4bit_use_double_quant=args.double_quant,
+    )  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def add_adapter(model, trained: set[str], args: TrainingArguments):
+    """Put LoRA on a model, as a PeftModel: only the adapters and the parameters named in `trained` can be trained.
+
+    The latter go into peft's modules_to_save, whole modules at a time: peft keeps their frozen originals beside them,
+    so that the model without its adapter stays at hand.
+
+    Raises:
+        ValueError: no module is left to adapt, or the choice cannot be merged.
+    """
+    import peft
+
+    whole = []  # the fewest modules that hold the trained parameters and nothing else; a list has no forward()
+    for name, module in model.named_modules():
+        inside = {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+        listed = isinstance(module, torch.nn.ModuleList)
+        if inside and inside <= trained and not listed and not f"{name}.".startswith(tuple(f"{w}." for w in whole)):
+            whole.append(name)
+    if args.lora_weight_path:
+        config, targets = peft.PeftConfig.from_pretrained(args.lora_weight_path), None
+        config.base_model_name_or_path, config.inference_mode = None, False
+        config.lora_dropout, config.modules_to_save = args.lora_dropout, whole
+    else:
+        excluded = _listed(args.lora_namespan_exclude) + ([] if args.vision_lora else ["visual"])
+        targets = [name for name, module in model.named_modules()  # by class: the tower's Conv3d breaks ZeRO-3
+                   if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+                   and not any(word in name for word in excluded)
+                   and not f"{name}.".startswith(tuple(f"{w}." for w in whole))]  # fmt: skip
+        targets = targets[-args.num_lora_modules :] if args.num_lora_modules > 0 else targets
+        if not targets:
+            raise InputError(f"--lora_namespan_exclude {args.lora_namespan_exclude} leaves no module to adapt")
+        config = peft.LoraConfig(
+            r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias=args.lora_bias,
+            use_dora=args.use_dora, target_modules=targets, modules_to_save=whole,
+        )  # fmt: skip
+    head, tied = model.lm_head, model.lm_head.weight is model.get_input_embeddings().weight
+    model = peft.get_peft_model(model, config)
+    assert targets is None or sorted(model.targeted_module_names) == sorted(targets), "peft matched other modules"
+    if tied and any(name.endswith(("lm_head", "embed_tokens")) for name in model.targeted_module_names):
+        raise InputError(f"{args.model_id} has one matrix as embeddings and head; peft trains two adapters on it, which "
+                         "cannot be merged: give --lora_namespan_exclude \"['lm_head', 'embed_tokens']\"")  # fmt: skip
+    local = Path(args.model_id)
+    config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else args.model_id
+    return model
+
+
+def load_adapter(model, args: TrainingArguments, path: str | None):
+    """Read the weights of checkpoint `path` or else of --lora_weight_path into add_adapter's model, unrounded.
+
+    What --lora_weight_path lacks of tower and merger starts from the base model's.
+
+    Raises:
+        ValueError: its rank, alpha, kind or modules are not those of this run.
+    """
+    import peft
+
+    folder = path or args.lora_weight_path
+    held, ours = peft.PeftConfig.from_pretrained(folder), model.peft_config["default"]
+    differ = [f"{key} {getattr(held, key)} there, {getattr(ours, key)} here" for key in ADAPTER_SHAPE.values()
+              if getattr(held, key) != getattr(ours, key)]  # fmt: skip
+    weights = peft.load_peft_weights(folder, device="cpu")
+    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    lacking = sorted(name for name in wanted.keys() - weights.keys() if path or ".lora_" in name)
+    unused = sorted(weights.keys() - wanted.keys())
+    differ += [f"{len(lacking)} tensors are not there, first {lacking[0]}"] if lacking else []
+    differ += [f"{len(unused)} tensors have no place here, first {unused[0]}"] if unused else []
+    if differ:
+        raise InputError(f"{folder} is not an adapter of this run: " + "; ".join(differ)
+                         + ". Give the flags that it was trained with")  # fmt: skip
+    peft.set_peft_model_state_dict(model, {**wanted, **weights})
+
+
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to: "vision", "merger" or "llm" (with embeddings and head)."""
     if "visual." not in name:
         return "llm"
-    return "merger" if "visual.merger." in name else "vision"
+    return "merger" if ".merger." in name else "vision"
 
 
 def choose_trained(model, args: TrainingArguments) -> set[str]:
@@ -1471,7 +1658,7 @@ def choose_trained(model, args: TrainingArguments) -> set[str]:
             raise InputError(f"--{flag} {count}: the model has only {len(blocks)}")
         chosen = {id(p) for block in list(blocks)[len(blocks) - count :] for p in block.parameters()}
         trained |= {name for name, p in model.named_parameters() if id(p) in chosen}
-    if not trained:
+    if not trained and not args.lora_enable:
         raise InputError("the freezing flags leave nothing to train: drop one of them")
     return trained
 
@@ -1521,7 +1708,125 @@ def lr_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
     return 1.0
 
 
-# --------------------------------------------------------------------------------------------- 7. order and prefetch
+# ------------------------------------------------------------------------------------------------------ 7. processes
+
+
+def make_accelerator(args: TrainingArguments) -> Accelerator:
+    """The Accelerator of a run: one process, DDP, DeepSpeed or FSDP2, on CUDA, or with gloo on CPUs.
+
+    Precision and accumulation are the script's, not the launcher's; what DeepSpeed must know of them it is told here.
+    """
+    no_cuda, use_deepspeed = not torch.cuda.is_available(), launched_with("deepspeed")
+    accelerator = Accelerator(
+        cpu=no_cuda and not use_deepspeed,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_cuda and use_deepspeed else [],
+        log_with=[name for name in args.report_to if name != "none"] or None,
+        project_dir=args.output_dir,
+    )
+    if use_deepspeed:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config.update(
+            train_micro_batch_size_per_gpu=1,  # no DataLoader tells it; the loss carries the true weights
+            gradient_accumulation_steps=1,
+            gradient_clipping=args.max_grad_norm,
+            zero_force_ds_cpu_optimizer=not no_cuda and args.optim == "adamw_torch",
+            bf16={"enabled": args.bf16 or args.pure_bf16},
+            fp16={"enabled": args.fp16},
+        )
+    return accelerator
+
+
+class Engine:
+    """The model with its optimizer, prepared: the same few calls for one process, DDP, DeepSpeed and FSDP2.
+
+    A step is: for each row `with engine.row(last)`: forward under `engine.autocast()`, `engine.backward(loss)`; then
+    `engine.step()`. Gradients are averaged over processes, so losses are scaled by `world_size / window_tokens`.
+    """
+
+    def __init__(self, accelerator: Accelerator, model, args: TrainingArguments):
+        self.accelerator, self.raw_model, self.args = accelerator, model, args
+        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        optimizer = make_optimizer(model, args)
+        self.peak_rates = [group["lr"] for group in optimizer.param_groups]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        self.model, prepared = accelerator.prepare(model, optimizer)
+        self.optimizer = self.model.optimizer if self.deepspeed else prepared.optimizer
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=args.fp16 and not self.deepspeed)
+        if self.deepspeed:
+            self.optimizer.check_grad_overflow = True  # else ZeRO-1 and -2 in fp32 step on a NaN gradient
+
+    def autocast(self):
+        """Context of the forward pass; DeepSpeed holds the weights in the low type itself and keeps fp32 masters."""
+        dtype = None if self.deepspeed else autocast_dtype(self.args)
+        return torch.autocast(self.accelerator.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def row(self, last: bool):
+        """Around forward and backward of one row: processes exchange gradients in the last one of a step only."""
+        if self.deepspeed:
+            self.model.set_gradient_accumulation_boundary(last)
+        with contextlib.nullcontext() if last or self.deepspeed else self.accelerator.no_sync(self.model):
+            yield
+
+    def backward(self, loss: torch.Tensor):
+        """Add this row's gradient."""
+        if self.deepspeed:
+            self.model.backward(loss, scale_wrt_gas=False)
+        else:
+            self.scaler.scale(loss).backward()
+
+    def set_learning_rate(self, factor: float):
+        """Every group's learning rate becomes this share of its peak."""
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates):
+            group["lr"] = peak * factor
+
+    def step(self) -> tuple[float, bool]:
+        """Clip and update: `(gradient norm before clipping, did fp16 overflow)`.
+
+        With a norm that is not finite nothing is updated, on any process.
+        """
+        if self.deepspeed:
+            self.model.step()
+            norm = float(self.model.get_global_grad_norm())
+            return norm, self.args.fp16 and not math.isfinite(norm)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm or math.inf)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+        if self.args.fp16:
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, self.args.fp16 and not math.isfinite(norm)
+
+    def optimizer_state(self) -> dict[str, dict]:
+        """The optimizer's state by parameter name, whole (every process must call it); not for DeepSpeed's shards."""
+        if self.accelerator.is_fsdp2:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return get_optimizer_state_dict(self.model, self.optimizer, options=options)["state"]
+        return {self.names[i]: values for i, values in self.optimizer.state_dict()["state"].items()}
+
+    def load_optimizer_state(self, state: dict[str, dict]):
+        """Take back what optimizer_state gave."""
+        if self.accelerator.is_fsdp2:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            groups = get_optimizer_state_dict(self.model, self.optimizer, options=options)["param_groups"]
+            whole = {"state": state, "param_groups": groups}
+            set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=whole, options=options)
+            return
+        by_number = {i: state[name] for i, name in enumerate(self.names) if name in state}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": by_number, "param_groups": groups})
+
+    def full_state(self) -> dict | None:
+        """All weights on the main process, gathered from all (every process must call it); None: not split."""
+        if self.accelerator.num_processes == 1 and not self.deepspeed:
+            return None
+        return self.accelerator.get_state_dict(self.model)
+
+
+# --------------------------------------------------------------------------------------------- 8. order and prefetch
 
 
 def count_steps(num_records: int, samples_per_step: int, args: TrainingArguments) -> int:
@@ -1647,24 +1952,31 @@ def _encode(record, folder):
     return _encoder(record, folder)
 
 
-# ---------------------------------------------------------------------------------------------------- 8. checkpoints
+# ---------------------------------------------------------------------------------------------------- 9. checkpoints
 
 
-def save_model(model, processor, folder: str | Path):
+def save_model(model, processor, folder: str | Path, state: dict | None = None):
     """Write weights (safetensors), config and processor so that plain from_pretrained loads them, in one float type.
 
-    fp32 as soon as one parameter is fp32: a mix would be rounded down to the first one's type on loading.
+    fp32 as soon as one parameter is fp32: a mix would be rounded down to the first one's type on loading. `state`
+    holds the gathered weights where the model has only its share of them.
     """
-    types = {parameter.dtype for parameter in model.parameters()}
-    state = None
+    if hasattr(model, "peft_config"):  # the adapter and what is trained beside it
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        processor.save_pretrained(folder)
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as saved:
+            empty = [name for name in saved.keys() if 0 in saved.get_slice(name).get_shape()]  # noqa: SIM118
+        assert not empty, f"{len(empty)} empty tensors, first {empty[0]}: split weights were not gathered"
+        return
+    weights = model.state_dict() if state is None else state
+    types = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(types) > 1:
         state = {name: tensor.to("cpu", torch.float32) if tensor.is_floating_point() else tensor
-                 for name, tensor in model.state_dict().items()}  # fmt: skip
+                 for name, tensor in weights.items()}  # fmt: skip
     model.save_pretrained(folder, state_dict=state)
-    if len(types) > 1:
-        config = json.loads((Path(folder) / "config.json").read_text())
-        config["dtype"] = "float32"
-        write_json(Path(folder) / "config.json", config)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config["dtype"] = "float32" if len(types) > 1 else str(types.pop()).removeprefix("torch.")
+    write_json(Path(folder) / "config.json", config)
     processor.save_pretrained(folder)
 
 
@@ -1675,50 +1987,69 @@ def write_json(path: Path, value):
     os.replace(aside, path)
 
 
-def publish_model(model, processor, output_dir: str | Path):
-    """save_model into `output_dir` itself: written aside, then moved file by file."""
-    aside = Path(output_dir) / ".model.aside"
-    shutil.rmtree(aside, ignore_errors=True)
-    save_model(model, processor, aside)
-    for file in aside.iterdir():
-        os.replace(file, Path(output_dir) / file.name)
-    aside.rmdir()
+def publish_model(output_dir: str, engine: Engine, processor, best: str | None):
+    """The final model into `output_dir` itself: the best checkpoint's, if named, else the weights as they are.
 
-
-def save_checkpoint(output_dir: str, step: int, model, processor, optimizer, scaler, state: dict) -> Path:
-    """Write `checkpoint-{step}`: model, optimizer, loss scale, random states and `state`; published by one rename.
-
-    Written aside, checked, fsynced, then renamed: a checkpoint that has its name is complete.
+    Every process must call it. Written aside, then moved file by file.
     """
-    final, aside = Path(output_dir) / f"checkpoint-{step}", Path(output_dir) / f".checkpoint-{step}.aside"
-    shutil.rmtree(aside, ignore_errors=True)
-    save_model(model, processor, aside)
-    names = _parameter_names(model, optimizer)
+    state = None if best else engine.full_state()
+    if engine.accelerator.is_main_process:
+        aside = Path(output_dir) / ".model.aside"
+        shutil.rmtree(aside, ignore_errors=True)
+        if best:
+            own = ("optimizer.*", "random_states*", "trainer_state.json", "manifest.json", "deepspeed", "zero_to_*")
+            shutil.copytree(Path(output_dir) / best, aside, ignore=shutil.ignore_patterns(*own))
+        else:
+            save_model(engine.raw_model, processor, aside, state)
+        for file in aside.iterdir():
+            os.replace(file, Path(output_dir) / file.name)
+        aside.rmdir()
+    engine.accelerator.wait_for_everyone()
+
+
+def save_checkpoint(output_dir: str, engine: Engine, processor, state: dict):
+    """Write `checkpoint-N`: model, optimizer, loss scale, random states and `state`; every process must call it.
+
+    Written aside, checked, fsynced, then published by one rename: a checkpoint that has its name is complete.
+    DeepSpeed's shards are written by DeepSpeed, one file per process.
+    """
+    final = Path(output_dir) / f"checkpoint-{state['step']}"
+    aside, accelerator = final.with_name(f".{final.name}.aside"), engine.accelerator
+    weights = engine.full_state()
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        save_model(engine.raw_model, processor, aside, weights)
+    accelerator.wait_for_everyone()
     tensors, numbers = {}, {}
-    for i, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{names[i]}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                numbers[f"{names[i]}/{key}"] = value
-    save_file(tensors, aside / "optimizer.safetensors")
+    if engine.deepspeed:
+        engine.model.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
+    else:
+        for name, values in engine.optimizer_state().items():
+            for key, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+                else:
+                    numbers[f"{name}/{key}"] = value
     random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
-    save_file(random_states, aside / "random_states.safetensors")
-    write_json(aside / "trainer_state.json", {**state, "optimizer": numbers, "scaler": scaler.state_dict()})
-    sizes = {file.name: file.stat().st_size for file in aside.iterdir()}
-    write_json(aside / "manifest.json", sizes)
-    if problem := checkpoint_problem(aside):
-        raise OSError(f"{aside}: {problem} after writing: the disk is full or failing; earlier checkpoints are intact")
-    for file in aside.iterdir():
-        _fsync(file)
-    _fsync(aside)
-    if final.exists():  # the same step of an earlier attempt
-        _remove_folder(final)
-    os.rename(aside, final)
-    _fsync(final.parent)
-    return final
+    save_file(random_states, aside / f"random_states_{accelerator.process_index}.safetensors")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_file(tensors, aside / "optimizer.safetensors")
+        saved = {**state, "num_processes": accelerator.num_processes, "optimizer": numbers}
+        write_json(aside / "trainer_state.json", {**saved, "scaler": engine.scaler.state_dict()})
+        files = [file for file in aside.rglob("*") if file.is_file()]
+        write_json(aside / "manifest.json", {str(file.relative_to(aside)): file.stat().st_size for file in files})
+        if problem := checkpoint_problem(aside):
+            raise OSError(f"{aside}: {problem} after writing: the disk is full or failing; earlier ones are intact")
+        for path in [*files, aside / "manifest.json", aside]:
+            _fsync(path)
+        if final.exists():  # the same step of an earlier attempt
+            _remove_folder(final)
+        os.rename(aside, final)
+        _fsync(final.parent)
+    accelerator.wait_for_everyone()
 
 
 def _fsync(path):
@@ -1735,12 +2066,6 @@ def _remove_folder(folder):
     shutil.rmtree(dying, ignore_errors=True)
     os.rename(folder, dying)
     shutil.rmtree(dying)
-
-
-def _parameter_names(model, optimizer):
-    """Names of the optimizer's parameters in the order in which its state_dict numbers them."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def checkpoint_problem(folder: Path) -> str | None:
@@ -1791,39 +2116,45 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
     return None
 
 
-def restore_checkpoint(folder: Path, model, optimizer, scaler, state: dict) -> dict:
+def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     """Load optimizer, loss scale and random states (the weights are load_model's) and return the trainer's state.
 
     `state` holds the values that decide the record order (as saved by save_checkpoint): they must be the same.
 
     Raises:
-        ValueError: the run is not the one that wrote the checkpoint, or a piece of the optimizer is missing.
+        InputError: the run is not the one that wrote the checkpoint, or a piece of the optimizer is missing.
     """
     saved = json.loads((folder / "trainer_state.json").read_text())
     changed = [f"{key}: {saved['order'].get(key)} then, {value} now" for key, value in state["order"].items()
                if saved["order"].get(key) != value]  # fmt: skip
+    world_size = engine.accelerator.num_processes
+    if engine.deepspeed != (folder / "deepspeed").is_dir():
+        changed.append("DeepSpeed in one, but not in the other")
+    elif engine.deepspeed and saved["num_processes"] != world_size:
+        changed.append(f"processes: {saved['num_processes']} then, {world_size} now (DeepSpeed's shards are one each)")
     if changed:
         raise InputError(f"{folder} belongs to another run; these differ:\n  • " + "\n  • ".join(changed)
                          + "\nGive the same values, or start in another --output_dir")  # fmt: skip
-    names = _parameter_names(model, optimizer)
-    tensors, numbers = load_file(folder / "optimizer.safetensors"), saved["optimizer"]
-    optimizer_state = {i: {} for i in range(len(names))}
-    index = {name: i for i, name in enumerate(names)}
-    for values in (tensors, numbers):
-        for entry, value in values.items():
-            name, key = entry.rsplit("/", 1)
-            if name not in index:
-                raise InputError(f"{folder}: optimizer state of {name}, which this run does not train")
-            optimizer_state[index[name]][key] = value
-    if (tensors or numbers) and (missing := [names[i] for i, values in optimizer_state.items() if not values]):
-        raise InputError(f"{folder}: no optimizer state for {len(missing)} parameters, first {missing[0]}")
-    if tensors or numbers:
-        optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
-    random_states = load_file(folder / "random_states.safetensors")
-    torch.set_rng_state(random_states["cpu"])
-    if "cuda" in random_states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random_states["cuda"])
-    scaler.load_state_dict(saved["scaler"])
+    if engine.deepspeed:
+        if engine.model.load_checkpoint(str(folder), tag="deepspeed")[0] is None:
+            raise InputError(f"{folder}: DeepSpeed cannot load its shards")
+    else:
+        optimizer_state = {}
+        for values in (load_file(folder / "optimizer.safetensors"), saved["optimizer"]):
+            for entry, value in values.items():
+                name, key = entry.rsplit("/", 1)
+                optimizer_state.setdefault(name, {})[key] = value
+        if optimizer_state and (wrong := set(optimizer_state) ^ set(engine.names)):
+            raise InputError(f"{folder}: its optimizer state and this run's parameters differ in {len(wrong)}, first "
+                             f"{sorted(wrong)[0]}: give the same freezing flags")  # fmt: skip
+        engine.load_optimizer_state(optimizer_state)
+    own = folder / f"random_states_{engine.accelerator.process_index}.safetensors"
+    if own.is_file():  # absent for the added processes of a larger run
+        random_states = load_file(own)
+        torch.set_rng_state(random_states["cpu"])
+        if "cuda" in random_states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random_states["cuda"])
+    engine.scaler.load_state_dict(saved["scaler"])
     return saved
 
 

@@ -17,7 +17,6 @@ Launch, on a CPU or one GPU:
         --video_resized_width 64 --video_resized_height 64 --fps 0.25 --output_dir out
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -28,7 +27,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -57,8 +55,9 @@ def normalize_record(record: dict, where: str) -> dict:
 
 
 @torch.no_grad()
-def evaluate(model, stream, records, encoder, args, accelerator, autocast) -> dict:
+def evaluate(engine, stream, records, encoder, args) -> dict:
     """Loss per supervised token over all of `records`: `{"eval_loss", "eval_samples", "eval_tokens"}`."""
+    model, accelerator = engine.model, engine.accelerator
     model.eval()
     rows = mv.micro_batches(list(range(len(records))), args.per_device_eval_batch_size,
                             accelerator.process_index, accelerator.num_processes)  # fmt: skip
@@ -66,7 +65,7 @@ def evaluate(model, stream, records, encoder, args, accelerator, autocast) -> di
     bar = tqdm(total=len(rows), desc="eval", leave=False, disable=not accelerator.is_main_process)
     for samples in stream.batches(records, rows, args.eval_image_folder):
         inputs, targets = mv.pack(samples, encoder, accelerator.device)
-        with autocast():
+        with engine.autocast():
             loss = sft_loss(model(**inputs).logits, targets)
         kept = sum("input_ids" in sample for sample in samples)
         sums += torch.tensor([loss.item(), len(targets), kept], dtype=torch.float64, device=sums.device)
@@ -79,9 +78,8 @@ def evaluate(model, stream, records, encoder, args, accelerator, autocast) -> di
 
 def main():
     args = mv.parse_arguments(SFTArguments)
-    trackers = [] if args.report_to == ["none"] else args.report_to
-    no_cuda = not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=no_cuda, log_with=trackers or None, project_dir=args.output_dir)
+    trackers = [name for name in args.report_to if name != "none"]
+    accelerator = mv.make_accelerator(args)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
@@ -103,15 +101,8 @@ def main():
 
     # ---- model and optimizer
     resumed = mv.find_checkpoint(args)
-    model = mv.load_model(args, accelerator.device, resumed)
-    raw_model = model
-    optimizer = mv.make_optimizer(model, args)
-    model = accelerator.prepare(model)
-    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=args.fp16)
-    dtype = mv.autocast_dtype(args)
-
-    def autocast():
-        return torch.autocast(accelerator.device.type, dtype) if dtype else contextlib.nullcontext()
+    engine = mv.Engine(accelerator, mv.load_model(args, accelerator.device, resumed), args)
+    model, raw_model = engine.model, engine.raw_model
 
     # ---- resume: `state` is everything that is not a tensor
     state = {
@@ -119,7 +110,7 @@ def main():
         "order": {"records": len(records), "samples_per_step": samples_per_step, "seed": args.seed},
     }  # fmt: skip
     if resumed:
-        state = mv.restore_checkpoint(resumed, raw_model, optimizer, scaler, state)
+        state = mv.restore_checkpoint(resumed, engine, state)
     if is_main:
         mv.cut_metrics(metrics_path, state["step"])
         mv.write_json(output_dir / "arguments.json", asdict(args))
@@ -158,35 +149,23 @@ def main():
         window_tokens = max(counts["supervised_tokens"], 1)
 
         factor = mv.lr_factor(state["step"], total_steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        engine.set_learning_rate(factor)
         step_loss = torch.zeros((), device=accelerator.device)
         for k, (inputs, targets) in enumerate(packed):
             last = k == len(packed) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                with autocast():
-                    # DDP averages gradients over processes: times world_size makes it the sum over the window.
+            with engine.row(last):
+                with engine.autocast():
+                    # Gradients are averaged over processes: times world_size makes it the sum over the window.
                     loss = sft_loss(model(**inputs).logits, targets) * world_size / window_tokens
                 step_loss += loss.detach() / world_size
                 if last:
                     step_loss = accelerator.reduce(step_loss)
-                    if not torch.isfinite(step_loss):
-                        break
-                scaler.scale(loss).backward()
-        loss_finite = bool(torch.isfinite(step_loss))
-
-        grad_norm, scale = math.nan, scaler.get_scale()
-        if loss_finite:
-            scaler.unscale_(optimizer)
-            limit = args.max_grad_norm or math.inf
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-            if math.isfinite(grad_norm) or args.fp16:  # under fp16 the scaler skips the step and lowers its scale
-                scaler.step(optimizer)
-            scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+                    loss_finite = bool(torch.isfinite(step_loss))
+                    loss = loss if loss_finite else loss * math.nan  # then no process updates anything
+                engine.backward(loss)
+        grad_norm, overflow = engine.step()
         state["step"] += 1
-        overflow = args.fp16 and scaler.get_scale() < scale
-        bad = not loss_finite or (not math.isfinite(grad_norm) and not overflow)
+        bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
         state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
         epoch = state["samples_seen"] / len(records)
 
@@ -235,7 +214,7 @@ def main():
         improved = False
         due = {"no": False, "steps": state["step"] % (args.eval_steps or args.logging_steps) == 0, "epoch": ends_epoch}
         if eval_records and (due[args.eval_strategy] or (stop and args.eval_strategy != "no")):
-            result = evaluate(model, stream, eval_records, encoder, args, accelerator, autocast)
+            result = evaluate(engine, stream, eval_records, encoder, args)
             if args.metric_for_best_model.removeprefix("eval_") not in {key.removeprefix("eval_") for key in result}:
                 raise mv.InputError(
                     f"--metric_for_best_model {args.metric_for_best_model}: evaluation gives {', '.join(result)}"
@@ -263,24 +242,16 @@ def main():
         if args.save_strategy != "no" and (due[args.save_strategy] or (improved and args.load_best_model_at_end)):
             if improved:
                 state["best_checkpoint"] = f"checkpoint-{state['step']}"
+            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
             if is_main:
-                mv.save_checkpoint(
-                    args.output_dir, state["step"], raw_model, encoder.processor, optimizer, scaler, state
-                )
                 mv.prune_checkpoints(args.output_dir, args.save_total_limit, state["best_checkpoint"])
-            accelerator.wait_for_everyone()
 
     bar.close()
     steps.close()
     stream.close()
-    if args.load_best_model_at_end and state["best_checkpoint"]:
-        del model, optimizer
-        raw_model = mv.load_model(args, "cpu", output_dir / state["best_checkpoint"])
-        mv.say(f"final model: {state['best_checkpoint']}, {args.metric_for_best_model} {state['best']:.6g}")
-    if is_main:
-        mv.publish_model(raw_model, encoder.processor, output_dir)
-        mv.say(f"saved to {output_dir}; every step is in {metrics_path}")
-    accelerator.wait_for_everyone()
+    best = state["best_checkpoint"] if args.load_best_model_at_end else None
+    mv.publish_model(args.output_dir, engine, encoder.processor, best)
+    mv.say(f"saved {best or 'the last step'} to {output_dir}; every step is in {metrics_path}")
     accelerator.end_training()
 
 
