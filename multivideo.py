@@ -108,10 +108,11 @@ class TrainingArguments:
     lora_alpha: int = arg(16, "Adapters are scaled by alpha / rank.")
     lora_dropout: float = arg(0.05, "Share of an adapter's inputs that is dropped in training.")
     lora_bias: str = arg(
-        "none", "Biases to train besides: none, all, or those of the adapted layers.", choices=["none", "all", "lora_only"]
+        "none", "Biases to train besides: none, all (the tower's too), or the adapted layers'.",
+        choices=["none", "all", "lora_only"],
     )  # fmt: skip
     lora_namespan_exclude: str | None = arg(
-        None, "List of strings: modules whose name has one of them get no adapter, \"['lm_head', 'embed_tokens']\" say."
+        None, "List such as \"['lm_head', 'embed_tokens']\": modules with one of these in their name get no adapter."
     )
     num_lora_modules: int = arg(-1, "Adapters on the last N of the chosen modules only; -1: on all.")
     lora_weight_path: str | None = arg(
@@ -391,8 +392,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
              "True): quantised weights cannot be trained themselves")  # fmt: skip
     complain(args.bits < 16 and args.unfreeze_topk_llm,
              f"--unfreeze_topk_llm with --bits {args.bits}: quantised layers cannot be trained: drop one")  # fmt: skip
-    complain(args.bits < 16 and (launched_with("deepspeed") or launched_with("fsdp")),
-             f"--bits {args.bits} runs in one process or under DDP: choose another file of accelerate_configs/")  # fmt: skip
+    complain(args.bits < 16 and (launched_with("deepspeed") or launched_with("fsdp")), f"--bits {args.bits} runs in "
+             "one process or under DDP: choose another file of accelerate_configs/")  # fmt: skip
     complain(args.lora_rank <= 0, f"--lora_rank {args.lora_rank}: must be above 0")
     complain(not 0 <= args.lora_dropout < 1, f"--lora_dropout {args.lora_dropout}: must be 0 or more and below 1")
     complain(args.num_lora_modules == 0 or args.num_lora_modules < -1,
@@ -404,7 +405,7 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         missing = [file.name for file in files if not file.is_file()]
         held = {} if missing else json.loads(files[0].read_text())
         complain(missing, f"--lora_weight_path {folder}: no {' and no '.join(missing)} there")
-        complain(held and held["peft_type"] != "LORA", f"--lora_weight_path {folder}: {held.get('peft_type')}, not LoRA")
+        complain(held and held.get("peft_type") != "LORA", f"--lora_weight_path {folder}: not a LoRA adapter")
         for flag, key in ADAPTER_SHAPE.items():
             value = held.get(key, getattr(args, flag))
             complain(flag in given and getattr(args, flag) != value,
@@ -1522,6 +1523,13 @@ def load_model(args: TrainingArguments, device, path: str | None = None):
     if missing := info["missing_keys"]:
         raise InputError(f"{source} lacks {len(missing)} weights, first {sorted(missing)[0]!r}: "
                          "the files are not of this model")  # fmt: skip
+    if launched_with("deepspeed"):  # ZeRO-3 loading keeps renaming rules that matched nothing: saving would apply them
+        model._weight_conversions = [rule for rule in model._weight_conversions or [] if rule.was_used()]
+    quantized = {part_of(name) for name, weight in model.named_parameters() if not weight.is_floating_point()}
+    assert quantized == ({"llm"} if args.bits < 16 else set()), f"quantised parts: {quantized}"
+    for module in model.modules():  # in eval() bitsandbytes repacks 4-bit weights for a CPU kernel without gradients
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
     def set_types(trained):
         for name, parameter in model.named_parameters():
@@ -1596,12 +1604,17 @@ def add_adapter(model, trained: set[str], args: TrainingArguments):
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias=args.lora_bias,
             use_dora=args.use_dora, target_modules=targets, modules_to_save=whole,
         )  # fmt: skip
-    head, tied = model.lm_head, model.lm_head.weight is model.get_input_embeddings().weight
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
     model = peft.get_peft_model(model, config)
+    for wrapper in model.modules():
+        if isinstance(wrapper, peft.utils.ModulesToSaveWrapper):  # peft copied the configs as well: keep one for all
+            for original, copy in zip(wrapper.original_module.modules(), wrapper.modules_to_save["default"].modules()):
+                if hasattr(original, "config"):
+                    copy.config = original.config
     assert targets is None or sorted(model.targeted_module_names) == sorted(targets), "peft matched other modules"
     if tied and any(name.endswith(("lm_head", "embed_tokens")) for name in model.targeted_module_names):
-        raise InputError(f"{args.model_id} has one matrix as embeddings and head; peft trains two adapters on it, which "
-                         "cannot be merged: give --lora_namespan_exclude \"['lm_head', 'embed_tokens']\"")  # fmt: skip
+        raise InputError(f"{args.model_id} has one matrix as embeddings and head; adapters on it could not be merged: "
+                         "give --lora_namespan_exclude \"['lm_head', 'embed_tokens']\"")  # fmt: skip
     local = Path(args.model_id)
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else args.model_id
     return model
@@ -1723,6 +1736,8 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         log_with=[name for name in args.report_to if name != "none"] or None,
         project_dir=args.output_dir,
     )
+    if launched_with("fsdp") and not accelerator.is_fsdp2:
+        raise InputError("FSDP needs GPUs and fsdp_version 2: take accelerate_configs/fsdp2.yaml, or ddp.yaml on CPUs")
     if use_deepspeed:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config.update(
@@ -1804,15 +1819,16 @@ class Engine:
         """The optimizer's state by parameter name, whole (every process must call it); not for DeepSpeed's shards."""
         if self.accelerator.is_fsdp2:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            return get_optimizer_state_dict(self.model, self.optimizer, options=options)["state"]
+            return get_optimizer_state_dict(self.model, self.optimizer, options=options).get("state", {})
         return {self.names[i]: values for i, values in self.optimizer.state_dict()["state"].items()}
 
     def load_optimizer_state(self, state: dict[str, dict]):
         """Take back what optimizer_state gave."""
         if self.accelerator.is_fsdp2:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            groups = get_optimizer_state_dict(self.model, self.optimizer, options=options)["param_groups"]
-            whole = {"state": state, "param_groups": groups}
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+            whole = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+            if whole:  # on the main process, which hands the others their shares
+                whole["state"] = state
             set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=whole, options=options)
             return
         by_number = {i: state[name] for i, name in enumerate(self.names) if name in state}
@@ -2176,6 +2192,8 @@ def describe_run(
     parts = {part: sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and part_of(n) == part)
              for part in ("vision", "merger", "llm")}  # fmt: skip
     parts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    if args.lora_enable:
+        parts += f"; LoRA of rank {args.lora_rank} on {len(model.targeted_module_names)} modules"
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     if args.video_resized_width:
         height, width = smart_resize(args.video_resized_height, args.video_resized_width, encoder.factor,

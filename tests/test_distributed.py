@@ -1,0 +1,237 @@
+"""Several processes on a CPU: DDP, ZeRO-2, ZeRO-3, with offload, and FSDP2 give the numbers of one process."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from test_train import ROOT, demo, in_process, launch, metrics  # noqa: F401
+
+import multivideo as mv
+
+CONFIGS = ROOT / "accelerate_configs"
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def mixed(demo, tmp_path_factory):  # noqa: F811
+    """Flags of a run on text only, images only, one video and thirty: 4 samples per step, 10 steps over 13 records."""
+    folder = tmp_path_factory.mktemp("mixed")
+    thirty = json.loads((demo / "sft_train.json").read_text())
+    noise = np.random.default_rng(0).integers(0, 255, (2, 60, 90, 3), dtype=np.uint8)
+    for i in range(2):
+        Image.fromarray(noise[i]).save(demo / "videos" / f"still-{i}.png")
+
+    def talk(question, answer):
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+    records = []
+    for i in range(13):
+        one = {"video": thirty[i]["video"][i], "conversations": talk("<video>\nGrey?", "It is." if i % 2 else "No.")}
+        still = {"image": [f"still-{i % 2}.png"], "conversations": talk("<image>\nWhat is it?", "Noise.")}
+        text = {"conversations": talk(f"Count to {i}.", " ".join(map(str, range(i + 1))))}
+        records.append([thirty[i], text, one, text, still, text][i % 6])
+    (folder / "data.json").write_text(json.dumps([{**record, "id": i} for i, record in enumerate(records)]))
+    return [
+        "--model_id", demo / "model", "--data_path", folder / "data.json", "--image_folder", demo / "videos",
+        "--video_resized_width", 64, "--video_resized_height", 64, "--image_resized_width", 84,
+        "--image_resized_height", 56, "--nframes", 4, "--max_steps", STEPS, "--learning_rate", 3e-3,
+        "--save_steps", 5, "--dataloader_num_workers", 1,
+    ]  # fmt: skip
+
+
+def run(config, flags, output_dir, processes, rows, **kwargs):
+    """`processes` × `rows` rows of one sample, launched with a file of accelerate_configs."""
+    done = launch(
+        Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / f"{config}.yaml",
+        "--num_processes", processes, "train_sft.py", *flags, "--output_dir", output_dir,
+        "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", rows, **kwargs,
+    )  # fmt: skip
+    assert f"4 per step = 1 samples × {rows} rows × {processes} processes" in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def alone(mixed, tmp_path_factory):
+    """One process, 1 × 4: the reference, with each optimizer."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for optim in ("adamw_torch", "sgd"):
+            folders[optim] = tmp_path_factory.mktemp(optim)
+            in_process(
+                monkeypatch, *mixed[:-2], "--optim", optim, "--per_device_train_batch_size", 1,
+                "--gradient_accumulation_steps", 4, "--output_dir", folders[optim],
+            )  # fmt: skip
+    return folders
+
+
+def assert_same_run(folder, reference, tolerance, start=0):
+    """Losses and norms within the tolerance; records, samples and tokens equal."""
+    ours, theirs = metrics(folder), metrics(reference)
+    assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
+    for row, expected in zip(ours[start:], theirs[start:]):
+        for key in ("loss", "grad_norm"):
+            assert row[key] == pytest.approx(expected[key], rel=tolerance), (row["step"], key)
+        for key in ("samples", "videos", "images", "tokens", "supervised_tokens", "records_crc32", "learning_rate"):
+            assert row[key] == expected[key], (row["step"], key)
+
+
+def assert_same_weights(folder, reference, tolerance):
+    expected = load_file(reference / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, value in weights.items():
+        assert value.numel() and (value - expected[name]).abs().max() <= tolerance, name
+
+
+def test_the_data_is_mixed(alone):
+    """Steps whose rows have no vision at all, only images, one video and thirty occur."""
+    rows = metrics(alone["sgd"])
+    assert {row["samples"] for row in rows} == {4, 1}  # 13 records: three steps of 4, then one of 1
+    assert min(row["videos"] for row in rows) <= 1 and max(row["videos"] for row in rows) >= 60
+    assert sum(row["images"] for row in rows) >= 3
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1)])
+def test_ranks_times_accumulation(mixed, alone, tmp_path, shape):
+    """1×4, 2×2 and 4×1 processes × rows are the same training; under SGD the parameters show it directly."""
+    run("ddp", [*mixed, "--optim", "sgd"], tmp_path, *shape)
+    assert_same_run(tmp_path, alone["sgd"], 1e-5)
+    assert_same_weights(tmp_path, alone["sgd"], 1e-5)
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_two_processes_equal_one(mixed, alone, tmp_path, config):
+    run(config, mixed, tmp_path, 2, 2)
+    assert_same_run(tmp_path, alone["adamw_torch"], 1e-4)
+    assert_same_weights(tmp_path, alone["adamw_torch"], 1e-3)
+    names = {file.name for file in (tmp_path / "checkpoint-5").iterdir()}
+    assert ("deepspeed" in names) is config.startswith("zero")
+    if config not in ("ddp", "zero3"):
+        return
+    # continued from step 5: the same again, to the last bit
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "checkpoint-5", again / "checkpoint-5")
+    shutil.copy(tmp_path / "metrics.jsonl", again)
+    run(config, [*mixed, "--resume_from_checkpoint", "auto"], again, 2, 2)
+    assert metrics(again) == metrics(tmp_path)
+    if config == "zero3":
+        done = launch(
+            Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / "zero3.yaml",
+            "--num_processes", 1, "train_sft.py", *mixed, "--output_dir", tmp_path / "other",
+            "--resume_from_checkpoint", tmp_path / "checkpoint-5", "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode and "processes: 2 then, 1 now" in done.stderr
+
+
+def test_more_processes_continue_one(mixed, alone, tmp_path):
+    """A checkpoint of one process, continued by two at the same global batch: the same samples and losses."""
+    shutil.copytree(alone["adamw_torch"] / "checkpoint-5", tmp_path / "checkpoint-5")
+    shutil.copy(alone["adamw_torch"] / "metrics.jsonl", tmp_path)
+    run("ddp", [*mixed, "--resume_from_checkpoint", "auto"], tmp_path, 2, 2)
+    assert_same_run(tmp_path, alone["adamw_torch"], 1e-4, start=5)
+
+
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_bad_steps_update_nothing_under_deepspeed(mixed, tmp_path, config):
+    """fp32 ZeRO-2 has no overflow check of its own: one absurd step, then every step is recorded and skipped."""
+    flags = [*mixed, "--learning_rate", 1e30, "--lr_scheduler_type", "constant", "--max_bad_steps", 2]
+    done = run(config, flags, tmp_path, 2, 2, check=False)
+    assert done.returncode and "2 steps in a row had a loss or gradient that is not finite" in done.stderr
+    assert [row.get("not_finite") for row in metrics(tmp_path)] == [None, "loss", "loss"]
+
+
+def test_fsdp2_with_fully_shard(mixed, demo, alone, tmp_path):  # noqa: F811
+    """Engine and checkpoints on torch's own fully_shard: losses of one process, continued to the last bit."""
+    torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "tests/fsdp2_worker.py"]
+    data = [demo / "model", demo / "sft_train.json", demo / "videos"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    launch(*torchrun, *data, tmp_path / "a")
+    launch(*torchrun, *data, tmp_path / "b", tmp_path / "a" / "checkpoint-3")
+    straight, resumed = (json.loads((tmp_path / name / "losses.json").read_text()) for name in "ab")
+    assert straight["world_size"] == 2
+    assert resumed["losses"] == straight["losses"][3:]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        in_process(
+            monkeypatch, "--model_id", demo / "model", "--data_path", demo / "sft_train.json", "--image_folder",
+            demo / "videos", "--video_resized_width", 64, "--video_resized_height", 64, "--nframes", 4,
+            "--max_steps", 5, "--lr_scheduler_type", "constant", "--learning_rate", 3e-3, "--max_grad_norm", 1,
+            "--per_device_train_batch_size", 4, "--save_strategy", "no", "--output_dir", tmp_path / "plain",
+        )  # fmt: skip
+    for (loss, norm), row in zip(straight["losses"], metrics(tmp_path / "plain")):
+        assert (loss, norm) == pytest.approx((row["loss"], row["grad_norm"]), rel=1e-4)
+    assert_same_weights(tmp_path / "a", tmp_path / "plain", 1e-3)
+
+
+def test_fsdp_on_a_cpu_is_refused(mixed, tmp_path):
+    """accelerate would silently run DDP instead."""
+    done = launch(
+        Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / "fsdp2.yaml",
+        "--num_processes", 2, "train_sft.py", *mixed, "--output_dir", tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode and "FSDP needs GPUs" in done.stderr
+
+
+def test_configs():
+    """Every YAML is one that accelerate reads, and leaves precision and accumulation to the script."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    configs = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS.glob("*.yaml")}
+    assert set(configs) == {"cpu", "one_gpu", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp2",
+                            "zero3_offload_multinode"}  # fmt: skip
+    for name, config in configs.items():
+        load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+        assert "mixed_precision" not in config and "gradient_clipping" not in config.get("deepspeed_config", {}), name
+    stages = {name: config["deepspeed_config"]["zero_stage"] for name, config in configs.items() if "zero" in name}
+    assert all(str(stage) in name for name, stage in stages.items())
+    several = configs["zero3_offload_multinode"]["deepspeed_config"]
+    del several["deepspeed_multinode_launcher"]
+    assert several == configs["zero3_offload"]["deepspeed_config"]
+    assert configs["fsdp2"]["fsdp_config"]["fsdp_version"] == 2
+
+
+def test_shares_cover_every_record_once():
+    """Any number of ranks, sizes that do not divide: each record of a step goes to one rank, rows are even."""
+    for world_size in (1, 2, 3, 4, 8):
+        for batch_size in (1, 2, 5):
+            for size in range(1, 41):
+                window = list(range(100, 100 + size))
+                shares = [mv.micro_batches(window, batch_size, rank, world_size) for rank in range(world_size)]
+                assert len({len(share) for share in shares}) == 1
+                assert sorted(i for share in shares for row in share for i in row) == window
+    seen = [window for window, _ in zip(mv.step_windows(10, 4, 7, 0), range(6))]
+    assert sorted(i for window, _ in seen[:3] for i in window) == list(range(10))
+    assert [position for _, position in seen] == [4, 8, 10, 14, 18, 20]
+    assert seen[3][0] != seen[0][0]
+    resumed = next(mv.step_windows(10, 4, 7, 14))
+    assert resumed == seen[4]
+    assert sorted(i for window, _ in seen[3:] for i in window) == list(range(10))
+
+
+def test_adapters_over_processes(mixed, tmp_path, monkeypatch):
+    """LoRA with tower and merger beside it: DDP and ZeRO-3 write the adapter of one process, no tensor empty."""
+    flags = [
+        *mixed, "--max_steps", 3, "--lora_enable", "True", "--freeze_llm", "True", "--lora_rank", 4, "--lora_dropout", 0,
+        "--lora_namespan_exclude", "['lm_head', 'embed_tokens']", "--optim", "sgd", "--save_steps", 2,
+    ]  # fmt: skip
+    in_process(
+        monkeypatch, *flags, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4,
+        "--output_dir", tmp_path / "one",
+    )  # fmt: skip
+    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert any("lora_A" in name for name in expected) and any("visual.patch_embed" in name for name in expected)
+    for config in ("ddp", "zero3"):
+        run(config, flags, tmp_path / config, 2, 2)
+        for folder in (tmp_path / config, tmp_path / config / "checkpoint-2"):
+            weights = load_file(folder / "adapter_model.safetensors")
+            assert weights.keys() == expected.keys() and all(value.numel() for value in weights.values())
+        weights = load_file(tmp_path / config / "adapter_model.safetensors")
+        for name, value in weights.items():
+            assert (value - expected[name]).abs().max() <= 1e-5, name

@@ -1,0 +1,53 @@
+"""The README's commands parse, and its files exist."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import ROOT
+
+import multivideo as mv
+from train_sft import SFTArguments
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [command.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+            for command in re.findall(r"accelerate launch(?:[^\n]*\\\n)*[^\n]*", block)]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command, tmp_path, monkeypatch, capsys):
+    """Every flag is real and nothing conflicts; the data is a stand-in."""
+    words = shlex.split(command)
+    config = words[words.index("--config_file") + 1]
+    assert (ROOT / config).is_file()
+    argv = words[words.index("train_sft.py") + 1 :]
+    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "videos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_sft.py"])
+    mv.parse_arguments(SFTArguments, argv)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 5
+
+
+def test_files_exist():
+    tree = README.split("## Files")[1].split("```")[1]
+    names = re.findall(r"^(\S+)  ", tree, re.M)
+    assert len(names) >= 9
+    assert all((ROOT / name).exists() for name in names)
+    shipped = {path.name for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]}
+    assert all(name in tree for name in shipped), "a script is missing in the file tree"
+    configs = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert all(config in tree for config in configs)
+
+
+def test_metrics_are_explained():
+    source = Path(ROOT / "train_sft.py").read_text()
+    counted = re.search(r"counts = \{(.*?)\}", source, re.S)[1] + re.search(r"row = \{(.*?)\}", source, re.S)[1]
+    table = README.split("## What the metrics mean")[1].split("## ")[0]
+    for name in re.findall(r'"(\w+)":', counted):
+        assert f"`{name}`" in table, name
