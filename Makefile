@@ -17,7 +17,7 @@ test: .venv/dev.done lint
 	$(BIN)/python -m pytest
 
 lint: .venv/dev.done
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 
 setup: .venv/dev.done
 

@@ -2188,10 +2188,11 @@ def describe_run(
     """Print what was asked and what was got: batch arithmetic, trainable parameters, sizes, frames and tokens."""
     rows = args.gradient_accumulation_steps
     per_step = args.per_device_train_batch_size * rows * world_size
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    parts = {part: sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and part_of(n) == part)
-             for part in ("vision", "merger", "llm")}  # fmt: skip
-    parts = ", ".join(f"{part} {count:,}" for part, count in parts.items())
+    counts = dict.fromkeys(("vision", "merger", "llm"), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            counts[part_of(name)] += getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves 0 in numel
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     if args.lora_enable:
         parts += f"; LoRA of rank {args.lora_rank} on {len(model.targeted_module_names)} modules"
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
@@ -2215,7 +2216,7 @@ def describe_run(
     arithmetic = f"{args.per_device_train_batch_size} samples × {rows} rows × {world_size} processes"
     say(f"""  records    {len(records)}, {per_step} per step = {arithmetic}
   steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
-  trained    {trained:,} parameters: {parts}; types: {", ".join(kinds)}
+  trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}
   video      {size}
   frames     {frames}
   sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual

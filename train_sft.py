@@ -118,7 +118,8 @@ def main():
         config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
         names = {"wandb": {"name": args.run_name}} if args.run_name else {}
         accelerator.init_trackers(output_dir.name, config, names)
-    mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
+    if is_main:
+        mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
 
     # ---- the loop
     windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"])

@@ -13,7 +13,7 @@ for folder in (ROOT, ROOT / "tools", ROOT / "tests"):
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from reference import hf_inputs, hf_loss, write_clip
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import in_process, metrics
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -229,7 +229,7 @@ def test_adapter(case, tiny_model, tied_model, tiny_qwen2_vl, records, data, pro
 @pytest.mark.parametrize("exclude", [None, "['lm_head']", "['embed_tokens']"])
 def test_adapters_on_tied_embeddings_are_refused(tied_model, exclude):
     """peft would train two adapters on one matrix, and merge both into it."""
-    with pytest.raises(mv.InputError, match=re.escape(f"give --lora_namespan_exclude \"{NO_HEAD}\"")):
+    with pytest.raises(mv.InputError, match=re.escape(f'give --lora_namespan_exclude "{NO_HEAD}"')):
         mv.load_model(arguments(tied_model, lora_namespan_exclude=exclude), "cpu")
 
 
@@ -248,6 +248,15 @@ def test_types(tiny_model, precision, bits):
     full = low if precision == "pure_bf16" else torch.float32
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {full}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {low} | integers
+
+
+@pytest.mark.parametrize("quant_type, double_quant, bf16", [("nf4", True, False), ("fp4", False, True)])
+def test_quantisation_flags(tiny_model, quant_type, double_quant, bf16):
+    args = arguments(tiny_model, bits=4, quant_type=quant_type, double_quant=double_quant, bf16=bf16)
+    layer = mv.load_model(args, "cpu").get_base_model().model.language_model.layers[0].mlp.up_proj.base_layer
+    state = layer.weight.quant_state
+    assert (state.quant_type, state.nested) == (quant_type, double_quant)
+    assert layer.compute_dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_learning_rates(tiny_model):
@@ -330,7 +339,9 @@ def test_weight_path(tiny_model, data, records, processor, of_base, tmp_path):
     """An adapter to go on from, plain peft's own included; what it lacks of the tower starts from the base."""
     base = AutoModelForImageTextToText.from_pretrained(tiny_model)
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.5
+    )
     other = peft.get_peft_model(base, config)
     other.save_pretrained(tmp_path)
     args = arguments(tiny_model, lora_rank=3, lora_alpha=5, lora_weight_path=str(tmp_path))
@@ -340,7 +351,7 @@ def test_weight_path(tiny_model, data, records, processor, of_base, tmp_path):
         model = mv.load_model(
             arguments(tiny_model, lora_rank=3, lora_alpha=5, lora_weight_path=str(tmp_path), **flags), "cpu"
         )
-        assert len(model.targeted_module_names) == 4
+        assert len(model.targeted_module_names) == 4 and model.peft_config["default"].lora_dropout == 0.0
         assert packed_loss(model, args, records[:2], data).item() == pytest.approx(expected, rel=1e-5)
         train(model, args, records[:2], data)
     # now with a trained tower in it: it has no place in a run that freezes the tower
@@ -351,3 +362,9 @@ def test_weight_path(tiny_model, data, records, processor, of_base, tmp_path):
     again = mv.load_model(arguments(tiny_model, **kwargs), "cpu")
     ours = dict(model.named_parameters())
     assert all(torch.equal(value, ours[name]) for name, value in again.named_parameters())
+    # a damaged one
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({name: value for name, value in weights.items() if "layers.1.self_attn.q_proj.lora_A" not in name},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(mv.InputError, match=r"1 tensors are not there, first .*layers\.1\.self_attn\.q_proj\.lora_A"):
+        mv.load_model(args, "cpu")

@@ -1,6 +1,7 @@
 """Several processes on a CPU: DDP, ZeRO-2, ZeRO-3, with offload, and FSDP2 give the numbers of one process."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(config, flags, output_dir, processes, rows, **kwargs):
         "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", rows, **kwargs,
     )  # fmt: skip
     assert f"4 per step = 1 samples × {rows} rows × {processes} processes" in done.stderr
+    assert re.search(r"trained +[1-9][\d,]+ parameters", done.stderr)
     return done
 
 
@@ -124,8 +126,8 @@ def test_two_processes_equal_one(mixed, alone, tmp_path, config):
         done = launch(
             Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / "zero3.yaml",
             "--num_processes", 1, "train_sft.py", *mixed, "--output_dir", tmp_path / "other",
-            "--resume_from_checkpoint", tmp_path / "checkpoint-5", "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4,
-            check=False,
+            "--resume_from_checkpoint", tmp_path / "checkpoint-5", "--per_device_train_batch_size", 1,
+            "--gradient_accumulation_steps", 4, check=False,
         )  # fmt: skip
         assert done.returncode and "processes: 2 then, 1 now" in done.stderr
 
@@ -218,8 +220,9 @@ def test_shares_cover_every_record_once():
 def test_adapters_over_processes(mixed, tmp_path, monkeypatch):
     """LoRA with tower and merger beside it: DDP and ZeRO-3 write the adapter of one process, no tensor empty."""
     flags = [
-        *mixed, "--max_steps", 3, "--lora_enable", "True", "--freeze_llm", "True", "--lora_rank", 4, "--lora_dropout", 0,
-        "--lora_namespan_exclude", "['lm_head', 'embed_tokens']", "--optim", "sgd", "--save_steps", 2,
+        *mixed, "--max_steps", 3, "--lora_enable", "True", "--freeze_llm", "True", "--lora_rank", 4,
+        "--lora_dropout", 0, "--lora_namespan_exclude", "['lm_head', 'embed_tokens']", "--optim", "sgd",
+        "--save_steps", 2,
     ]  # fmt: skip
     in_process(
         monkeypatch, *flags, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4,

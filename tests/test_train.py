@@ -78,7 +78,7 @@ def test_banner_and_progress(straight):
     assert "24, 4 per step = 2 samples × 2 rows × 1 processes" in output
     assert "30 videos, 0 images" in output and "240 visual" in output
     assert "data wait" in output and "samples/s" in output and "videos/s" in output
-    assert "saved to" in output
+    assert "saved the last step to" in output
 
 
 def test_metrics(straight):
