@@ -87,7 +87,8 @@ def main():
     metrics_path = output_dir / "metrics.jsonl"
 
     # ---- data: everything that can be wrong with it is said before any weight is loaded
-    args.image_folder = args.image_folder or str(Path(args.data_path).parent)
+    here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
+    args.image_folder = args.image_folder or str(here)
     args.eval_image_folder = args.eval_image_folder or args.image_folder
     with accelerator.main_process_first():
         records = mv.load_records(args.data_path, normalize_record)
@@ -97,7 +98,6 @@ def main():
     batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
     samples_per_step = batch_size * args.gradient_accumulation_steps * world_size
     total_steps = mv.count_steps(len(records), samples_per_step, args)
-    math.ceil(len(records) / samples_per_step)
 
     # ---- model and optimizer
     resumed = mv.find_checkpoint(args)
@@ -231,11 +231,11 @@ def main():
             state["best"] = metric if improved else state["best"]
             if is_main:
                 mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
+                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
             if trackers:
                 accelerator.log(result, state["step"])
-            bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
             if args.early_stopping_patience and state["evals_without_gain"] >= args.early_stopping_patience:
-                bar.write(f"stopping early: {state['evals_without_gain']} evaluations without improvement")
+                mv.say(f"\nstopping early: {state['evals_without_gain']} evaluations without improvement")
                 stop = True
 
         # ---- save
