@@ -5,13 +5,20 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
+import torch
+import upstream_commands
 import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from reference import hf_inputs
 from safetensors.torch import load_file
 from test_train import ROOT, demo, in_process, launch, metrics  # noqa: F401
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import multivideo as mv
 
@@ -114,22 +121,16 @@ def test_two_processes_equal_one(mixed, alone, tmp_path, config):
     assert_same_weights(tmp_path, alone["adamw_torch"], 1e-3)
     names = {file.name for file in (tmp_path / "checkpoint-5").iterdir()}
     assert ("deepspeed" in names) is config.startswith("zero")
-    if config not in ("ddp", "zero3"):
-        return
-    # continued from step 5: the same again, to the last bit
-    again = tmp_path / "again"
-    shutil.copytree(tmp_path / "checkpoint-5", again / "checkpoint-5")
-    shutil.copy(tmp_path / "metrics.jsonl", again)
-    run(config, [*mixed, "--resume_from_checkpoint", "auto"], again, 2, 2)
-    assert metrics(again) == metrics(tmp_path)
-    if config == "zero3":
-        done = launch(
-            Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / "zero3.yaml",
-            "--num_processes", 1, "train_sft.py", *mixed, "--output_dir", tmp_path / "other",
-            "--resume_from_checkpoint", tmp_path / "checkpoint-5", "--per_device_train_batch_size", 1,
-            "--gradient_accumulation_steps", 4, check=False,
-        )  # fmt: skip
-        assert done.returncode and "processes: 2 then, 1 now" in done.stderr
+    if config == "zero3":  # continued from step 5: the same again, to the last bit
+        again = tmp_path / "again"
+        shutil.copytree(tmp_path / "checkpoint-5", again / "checkpoint-5")
+        shutil.copy(tmp_path / "metrics.jsonl", again)
+        run(config, [*mixed, "--resume_from_checkpoint", "auto"], again, 2, 2)
+        assert metrics(again) == metrics(tmp_path)
+        state = json.loads((again / "checkpoint-5" / "trainer_state.json").read_text())
+        alone_now = SimpleNamespace(deepspeed=True, accelerator=SimpleNamespace(num_processes=1))
+        with pytest.raises(mv.InputError, match="processes: 2 then, 1 now"):
+            mv.restore_checkpoint(again / "checkpoint-5", alone_now, {"order": state["order"]})
 
 
 def test_more_processes_continue_one(mixed, alone, tmp_path):
@@ -172,13 +173,13 @@ def test_fsdp2_with_fully_shard(mixed, demo, alone, tmp_path):  # noqa: F811
     assert_same_weights(tmp_path / "a", tmp_path / "plain", 1e-3)
 
 
-def test_fsdp_on_a_cpu_is_refused(mixed, tmp_path):
+def test_fsdp_on_a_cpu_is_refused(monkeypatch):
     """accelerate would silently run DDP instead."""
-    done = launch(
-        Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / "fsdp2.yaml",
-        "--num_processes", 2, "train_sft.py", *mixed, "--output_dir", tmp_path, check=False,
-    )  # fmt: skip
-    assert done.returncode and "FSDP needs GPUs" in done.stderr
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(mv.InputError, match="FSDP needs GPUs"):
+        mv.make_accelerator(mv.TrainingArguments())
 
 
 def test_configs():
@@ -217,12 +218,20 @@ def test_shares_cover_every_record_once():
     assert sorted(i for window, _ in seen[3:] for i in window) == list(range(10))
 
 
-def test_adapters_over_processes(mixed, tmp_path, monkeypatch):
-    """LoRA with tower and merger beside it: DDP and ZeRO-3 write the adapter of one process, no tensor empty."""
+ADAPTERS = {  # kind → (flags, configs): adapter in the language model, tower and merger in full unless frozen
+    "lora": (["--lora_rank", 4], ["ddp", "zero3"]),
+    "dora": (["--lora_rank", 4, "--use_dora", "True", "--freeze_merger", "True"], ["zero3"]),
+    "4 bits": (["--lora_rank", 4, "--bits", 4], ["ddp"]),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_over_processes(mixed, demo, tmp_path, monkeypatch, kind):  # noqa: F811
+    """DDP and ZeRO-3 write the adapter of one process, no tensor empty; plain peft gives the same logits."""
+    own, configs = ADAPTERS[kind]
     flags = [
-        *mixed, "--max_steps", 3, "--lora_enable", "True", "--freeze_llm", "True", "--lora_rank", 4,
-        "--lora_dropout", 0, "--lora_namespan_exclude", "['lm_head', 'embed_tokens']", "--optim", "sgd",
-        "--save_steps", 2,
+        *mixed, *own, "--max_steps", 3, "--lora_enable", "True", "--freeze_llm", "True", "--lora_dropout", 0,
+        "--lora_namespan_exclude", "['lm_head', 'embed_tokens']", "--optim", "sgd", "--save_steps", 2,
     ]  # fmt: skip
     in_process(
         monkeypatch, *flags, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4,
@@ -230,7 +239,7 @@ def test_adapters_over_processes(mixed, tmp_path, monkeypatch):
     )  # fmt: skip
     expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
     assert any("lora_A" in name for name in expected) and any("visual.patch_embed" in name for name in expected)
-    for config in ("ddp", "zero3"):
+    for config in configs:
         run(config, flags, tmp_path / config, 2, 2)
         for folder in (tmp_path / config, tmp_path / config / "checkpoint-2"):
             weights = load_file(folder / "adapter_model.safetensors")
@@ -238,3 +247,44 @@ def test_adapters_over_processes(mixed, tmp_path, monkeypatch):
         weights = load_file(tmp_path / config / "adapter_model.safetensors")
         for name, value in weights.items():
             assert (value - expected[name]).abs().max() <= 1e-5, name
+    args = mv.TrainingArguments(model_id=str(demo / "model"), video_resized_width=56, video_resized_height=56)
+    record = next(row for row in mv.load_records(str(mixed[3])) if row["id"] == "2")  # the first with one video
+    inputs, _ = hf_inputs(record, str(demo / "videos"), args, AutoProcessor.from_pretrained(demo / "model"))
+    assert len(inputs["video_grid_thw"]) == 1
+    logits = {}
+    for folder in ("one", *configs):
+        base = AutoModelForImageTextToText.from_pretrained(demo / "model")
+        with torch.no_grad():
+            logits[folder] = peft.PeftModel.from_pretrained(base, tmp_path / folder).eval()(**inputs).logits
+        torch.testing.assert_close(logits[folder], logits["one"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("script", ["finetune_lora.sh", "finetune_lora_vision.sh", "finetune_video.sh"])
+def test_upstream_scripts_train(mixed, demo, tmp_path, monkeypatch, script):  # noqa: F811
+    """Upstream's own flags, less those that are answered, train one step on one-video records."""
+    command, kept = upstream_commands.SFT_COMMANDS[script], []
+    for flag, value in zip(command[::2], command[1::2]):
+        kept += [] if flag.lstrip("-") in mv.REPLACED_FLAGS else [flag, value]
+    records = [record for record in json.loads(Path(mixed[3]).read_text()) if isinstance(record.get("video"), str)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    in_process(
+        monkeypatch, *kept, "--model_id", demo / "model", "--data_path", tmp_path / "data.json", "--image_folder",
+        demo / "videos", "--max_steps", 1, "--per_device_train_batch_size", 1, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    (row,) = metrics(tmp_path / "out")
+    assert row["loss"] > 0 and row["grad_norm"] > 0 and row["samples"] == row["videos"] == len(records)
+    name = "model.safetensors" if script == "finetune_video.sh" else "adapter_model.safetensors"
+    assert load_file(tmp_path / "out" / name)
+
+
+@pytest.mark.parametrize("config", ["one_gpu", "zero3_offload_multinode"])
+def test_other_configs_start(mixed, tmp_path, config):
+    """one_gpu.yaml falls back to the CPU; the multi-node file runs on one node when told so."""
+    several = ["--num_machines", 1, "--machine_rank", 0, "--main_process_ip", "127.0.0.1"] if "multi" in config else []
+    launch(
+        Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / f"{config}.yaml", *several,
+        "--num_processes", 2 if several else 1, "train_sft.py", *mixed, "--max_steps", 2, "--save_strategy", "no",
+        "--per_device_train_batch_size", 2, "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert [row["samples"] for row in metrics(tmp_path)] == ([4, 4] if several else [2, 2])
+    assert load_file(tmp_path / "model.safetensors")

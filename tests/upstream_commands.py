@@ -1,8 +1,8 @@
 """Command lines that users bring from 2U1/Qwen2-VL-Finetune and from its fork, as plain data.
 
-Source: scripts/finetune*.sh and src/params.py of 2U1/Qwen2-VL-Finetune at commit 6695161adfbd, read on the
-stored mirror. Each command is the argv after the launcher and the script, in the script's order, with the script's
-own shell variables and arithmetic expanded. The seed_* entries are the flags in the README of the fork.
+Source: scripts/finetune*.sh and src/params.py of 2U1/Qwen2-VL-Finetune at commit 6695161adfbd. Each command is the
+argv after the launcher and the script, in the order of the script, with its own shell variables and arithmetic
+expanded. The seed_* entries are the flags in the README of the fork.
 """
 
 from shlex import split
