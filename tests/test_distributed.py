@@ -49,7 +49,7 @@ def mixed(demo, tmp_path_factory):  # noqa: F811
         "--model_id", demo / "model", "--data_path", folder / "data.json", "--image_folder", demo / "videos",
         "--video_resized_width", 64, "--video_resized_height", 64, "--image_resized_width", 84,
         "--image_resized_height", 56, "--nframes", 4, "--max_steps", STEPS, "--learning_rate", 3e-3,
-        "--save_steps", 5, "--dataloader_num_workers", 1,
+        "--save_steps", 5, "--dataloader_num_workers", 0,
     ]  # fmt: skip
 
 
