@@ -24,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 import multivideo as mv
 from train_sft import normalize_record, sft_loss
 
+STEPS = 10
+
 
 class GlooFSDP2:
     """What Engine and the checkpoints ask of an Accelerator, with torch's own fully_shard."""
@@ -62,7 +64,7 @@ def main(model_path, data, videos, out, checkpoint=None):
     torch.set_num_threads(1)
     args = mv.TrainingArguments(
         model_id=model_path, nframes=4, video_resized_width=56, video_resized_height=56, output_dir=out,
-        learning_rate=3e-3,
+        image_resized_width=84, image_resized_height=56, learning_rate=3e-3,
     )  # fmt: skip
     accelerator = GlooFSDP2()
     records = mv.load_records(data, normalize_record)
@@ -85,14 +87,15 @@ def main(model_path, data, videos, out, checkpoint=None):
                 loss = sft_loss(engine.model(**inputs).logits, targets) * world_size / tokens
                 sums[1] += loss.detach() / world_size
                 engine.backward(loss)
+        engine.set_learning_rate(mv.lr_factor(state["step"], STEPS, args))
         total = sums[1].clone()
         dist.all_reduce(total)
         norm, _ = engine.step()
         losses.append([total.item(), norm])
         state["step"], state["samples_seen"] = state["step"] + 1, seen
-        if state["step"] == 3 and not checkpoint:
+        if state["step"] == 5 and not checkpoint:
             mv.save_checkpoint(out, engine, encoder.processor, state)
-        if state["step"] == 5:
+        if state["step"] == STEPS:
             break
     mv.publish_model(out, engine, encoder.processor, None)
     if rank == 0:

@@ -151,8 +151,8 @@ def test_resume_is_bit_equal(straight, demo, flags, tmp_path, step):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 20, "lo')  # torn by a kill
     launch(
-        sys.executable, "train_sft.py", *flags[:-1], 0, "--eval_path", demo / "sft_eval.json", "--eval_strategy",
-        "steps",
+        sys.executable, "train_sft.py", *flags[:-1], 0, "--eval_path", demo / "sft_eval.json",
+        "--eval_strategy", "steps",
         "--eval_steps", 10, "--save_strategy", "no", "--output_dir", tmp_path, "--resume_from_checkpoint", "auto",
     )  # fmt: skip
     assert metrics(tmp_path) == metrics(folder)
