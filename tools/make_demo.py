@@ -9,10 +9,10 @@ writes
     demo/demo.json        the settings, written last: a directory that has it is complete and is not made again
 
 The question of every record is which colour the one clip has that is not grey. Six colours occur equally often, and
-colour says nothing about size, frame rate, length or position, so only the pixels of the right clip hold the answer:
-guessing gives 17 %. One record:
+colour says nothing about size, frame rate, length or position, so only the pixels of the right clip hold the answer
+(no model sees the file names): guessing gives 17 %. One record:
 
-    {"id": "train-0", "video": ["grey-17.mp4", ...], "conversations": [
+    {"id": "train-0", "video": ["train-grey-017.mp4", ...], "conversations": [
         {"from": "human", "value": "<video>\n<video>\n...Which colour ...?"}, {"from": "gpt", "value": "... red."}]}
 """
 
@@ -226,10 +226,11 @@ def write_json(path, value):
     os.replace(aside, path)
 
 
-def make_demo(output_dir, *, num_train=768, num_eval=120, videos_per_sample=30, small=False, seed=0):
+def make_demo(output_dir, *, num_train=None, num_eval=None, videos_per_sample=30, small=False, seed=0):
     """Make the model and the data set in `output_dir`, unless this script made them there with these settings."""
     output_dir = Path(output_dir)
-    num_train, num_eval = (24, 12) if small else (num_train, num_eval)
+    num_train = (24 if small else 768) if num_train is None else num_train
+    num_eval = (12 if small else 120) if num_eval is None else num_eval
     if min(num_train, num_eval, videos_per_sample) < 1:
         raise ValueError(
             f"num_train {num_train}, num_eval {num_eval}, videos_per_sample {videos_per_sample}: give at least 1"
@@ -247,7 +248,7 @@ def make_demo(output_dir, *, num_train=768, num_eval=120, videos_per_sample=30, 
     start = time.monotonic()
     # A wide initialisation lets so small a model learn from its vision tower within a few hundred steps.
     save_tiny_model(output_dir / "model", vision_hidden_size=32, initializer_range=0.1, seed=seed)
-    num_grey, num_per_colour = max(videos_per_sample, 32 if small else 96), 2 if small else 8
+    num_grey, num_per_colour = max(videos_per_sample, 32 if small else 96), 2 if small else 24
     train = make_split("train", videos, num_train, videos_per_sample, num_grey, num_per_colour, seed)
     held_out = make_split("eval", videos, num_eval, videos_per_sample, num_grey, num_per_colour, seed)
     write_json(output_dir / "sft_train.json", train)
@@ -265,12 +266,10 @@ def make_demo(output_dir, *, num_train=768, num_eval=120, videos_per_sample=30, 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default="demo", help="directory to write to (default: demo)")
-    parser.add_argument("--num_train", type=int, default=768, help="training records (default: 768)")
-    parser.add_argument("--num_eval", type=int, default=120, help="held-out records (default: 120)")
+    parser.add_argument("--num_train", type=int, help="training records (default: 768, with --small 24)")
+    parser.add_argument("--num_eval", type=int, help="held-out records (default: 120, with --small 12)")
     parser.add_argument("--videos_per_sample", type=int, default=30, help="videos in each record (default: 30)")
-    parser.add_argument(
-        "--small", action="store_true", help="24 training and 12 held-out records of few clips, for tests"
-    )
+    parser.add_argument("--small", action="store_true", help="fewer records of fewer clips, for tests")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the weights, the clips and the records (default: 0)"
     )
