@@ -1151,8 +1151,10 @@ class Encoder:
 
     Calling it with a record gives a dict of numpy arrays (T tokens, N clips, P patches):
       `input_ids`, `labels` int64 [T] (-100: not supervised), `position_ids` int64 [4, T] (text row first),
-      `patches` uint8 [P, 1176], `video_grid_thw` int64 [N, 3], and `id`, `num_videos`, `num_images`, `shrunk`.
-    An image rides as a video of one temporal patch: one tower call serves both.
+      `patches` uint8 [P, 1176], `video_grid_thw` int64 [N, 3], `lengths` [1], and `id`, `num_tokens`, `num_videos`,
+      `num_images`, `shrunk`.
+    An image rides as a video of one temporal patch: one tower call serves both. A record with a list `completions`
+    (each the turns of one answer) is a prompt, ends where the assistant begins, and gets them by add_suffixes.
     """
 
     def __init__(self, model_path: str, args: TrainingArguments):
@@ -1169,32 +1171,45 @@ class Encoder:
         names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
         self.vision_ids = self.tokenizer.convert_tokens_to_ids(names)
 
-    def tokenize(self, messages: list[dict]) -> tuple[list[int], list[int]]:
-        """Chat template → (input_ids, labels): one pad token per clip; labelled: each assistant turn, its end too."""
-        if self.args.system_prompt is not None and messages[0]["role"] != "system":
-            text = {**dict.fromkeys(PART), "type": "text", "text": self.args.system_prompt}
-            messages = [{"role": "system", "content": [text]}, *messages]
+    def render(self, turns: list[dict], **kwargs) -> str:
+        """Turns of the schema as the chat template writes them, one pad token per clip."""
         # The template's view: frame lists are videos, and a part has only the fields of its type.
         plain = [{"role": m["role"], "content": [
             {"type": "text", "text": p["text"]} if p["type"] == "text" else
             {"type": "image" if p["type"] == "image" else "video"}
-            for p in m["content"]]} for m in messages]  # fmt: skip
+            for p in m["content"]]} for m in turns]  # fmt: skip
+        return self.tokenizer.apply_chat_template(plain, chat_template=self.chat_template, tokenize=False, **kwargs)
 
-        def render(turns, **kwargs):
-            return self.tokenizer.apply_chat_template(
-                turns, chat_template=self.chat_template, tokenize=False, **kwargs
-            )
+    def tokenize(self, messages: list[dict], completions: list[list[dict]] | None = None):
+        """Chat template → `[(input_ids, labels)]` of a conversation, or of a prompt and of each completion after it.
 
-        text = render(plain)
-        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        One pad token per clip; labelled are the assistant turns, their ends too, but none of a prompt's.
+        """
+        if self.args.system_prompt is not None and messages[0]["role"] != "system":
+            text = {**dict.fromkeys(PART), "type": "text", "text": self.args.system_prompt}
+            messages = [{"role": "system", "content": [text]}, *messages]
+        if completions is None:
+            return [self._labelled(messages, "", 0)]
+        prompt = self.render(messages, add_generation_prompt=True)
+        input_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return [(input_ids, [-100] * len(input_ids))] + [
+            self._labelled([*messages, *completion], prompt, len(messages)) for completion in completions
+        ]
+
+    def _labelled(self, turns, before, first):
+        """Tokens of the rendered turns after the text `before`; turns from number `first` on are supervised."""
+        text = self.render(turns)
+        assert text.startswith(before), "the chat template does not render turn after turn"
+        encoded = self.tokenizer(text[len(before) :], return_offsets_mapping=True, add_special_tokens=False)
         input_ids, labels = encoded["input_ids"], [-100] * len(encoded["input_ids"])
-        for i, message in enumerate(plain):
-            if message["role"] != "assistant":
+        for i, message in enumerate(turns):
+            if message["role"] != "assistant" or i < first:
                 continue
-            start, end = render(plain[:i], add_generation_prompt=True), render(plain[: i + 1])
+            start, end = self.render(turns[:i], add_generation_prompt=True), self.render(turns[: i + 1])
             assert text.startswith(start) and text.startswith(end), "the chat template does not render turn after turn"
             for k, (a, b) in enumerate(encoded["offset_mapping"]):
-                if a >= len(start) and b <= len(end) and input_ids[k] not in self.vision_ids:
+                inside = a + len(before) >= len(start) and b + len(before) <= len(end)
+                if inside and input_ids[k] not in self.vision_ids:
                     labels[k] = input_ids[k]
                     if input_ids[k] == self.end_of_turn:
                         break  # the newline after the end of the turn is the template's, not the model's
@@ -1225,7 +1240,7 @@ class Encoder:
         messages = record["messages"]
         try:
             patches, grids, seconds, shrunk = self.clips(messages, folder)
-            input_ids, labels = self.tokenize(messages)
+            (input_ids, labels), *suffixes = self.tokenize(messages, record.get("completions"))
         except ValueError as error:
             raise InputError(f"record {record['id']}: {error}") from None
         pads = [t * h * w // self.merge_size**2 for t, h, w in grids]
@@ -1237,23 +1252,26 @@ class Encoder:
             ids += [self.config.video_token_id if token in self.vision_ids[2:] else token] * count
             targets += [target] * count
         kinds = [part["type"] for message in messages for part in message["content"]]
-        sample = {"id": record["id"], "num_tokens": len(ids), "num_videos": len(grids) - kinds.count("image"),
+        num_tokens = len(ids) + sum(len(suffix) for suffix, _ in suffixes)
+        sample = {"id": record["id"], "num_tokens": num_tokens, "num_videos": len(grids) - kinds.count("image"),
                   "num_images": kinds.count("image"), "shrunk": shrunk}  # fmt: skip
-        if len(ids) > self.args.max_seq_length:
+        longest = len(ids) + max((len(suffix) for suffix, _ in suffixes), default=0)
+        if longest > self.args.max_seq_length:
             if self.args.on_long_sample == "error":
                 raise InputError(
-                    f"record {record['id']}: {len(ids)} tokens ({sum(pads)} visual), --max_seq_length is "
+                    f"record {record['id']}: {longest} tokens ({sum(pads)} visual), --max_seq_length is "
                     f"{self.args.max_seq_length}: raise it, set --max_video_tokens, lower --fps or the sizes, or "
                     "--on_long_sample skip"
                 )
             return sample  # no input_ids: skipped and counted
         ids = torch.tensor(ids)
         grid = torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
-        return sample | {
+        sample |= {
             "input_ids": ids.numpy(), "labels": np.array(targets), "video_grid_thw": grid.numpy(),
-            "position_ids": self.positions(ids, grid, seconds).numpy(),
+            "position_ids": self.positions(ids, grid, seconds).numpy(), "lengths": np.array([len(ids)]),
             "patches": torch.cat(patches).numpy() if patches else np.zeros((0, self.patch_dim), np.uint8),
         }  # fmt: skip
+        return add_suffixes(sample, suffixes)
 
     @property
     def patch_dim(self) -> int:
@@ -1270,6 +1288,24 @@ class Encoder:
         kwargs = {"second_per_grid_ts": torch.tensor(seconds)} if FAMILIES[self.config.model_type] else {}
         vision, _ = self.rope.get_rope_index(input_ids[None], types, video_grid_thw=grid, **kwargs)
         return torch.cat([text[:1], vision[:, 0]])
+
+
+def add_suffixes(sample: dict, suffixes: list[tuple]) -> dict:
+    """An encoded prompt with answers behind it that share it: `suffixes` are (input_ids, labels) of each.
+
+    Their positions all go on from the prompt's end; `lengths` [1 + suffixes] has the tokens of prompt and answers.
+    """
+    text, vision = sample["position_ids"][0, -1] + 1, sample["position_ids"][1:].max() + 1
+    start = np.array([[text], [vision], [vision], [vision]])
+    ids, labels, positions = [sample["input_ids"]], [sample["labels"]], [sample["position_ids"]]
+    for suffix, targets in suffixes:
+        ids.append(np.array(suffix, np.int64))
+        labels.append(np.array(targets, np.int64))
+        positions.append(start + np.arange(len(suffix)))
+    return sample | {
+        "input_ids": np.concatenate(ids), "labels": np.concatenate(labels),
+        "position_ids": np.concatenate(positions, 1), "lengths": np.array([len(part) for part in ids]),
+    }  # fmt: skip
 
 
 def positions_only(config):
@@ -1416,13 +1452,14 @@ def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Ten
     return ((patches.unflatten(1, (3, -1)).float() - mean) / std).flatten(1)
 
 
-def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Tensor]:
-    """Pack encoded samples without padding into one row: `(model inputs, targets)`.
+def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Pack encoded samples without padding into one row: `(model inputs, targets, sequences)`.
 
     Inputs: `input_ids` [1, T], `position_ids` [4, 1, T], `plan`, `pixel_values_videos` [P, 1176], `video_grid_thw`
     [N, 3], `logits_to_keep` [S], `use_cache` False. Targets: int64 [S], the token that each kept position predicts.
-    A row without vision gets one video token as its own segment (grid 1×2×2, zero patches, no target), so that the
-    tower takes part in every forward on every rank.
+    Sequences: int64 [S], which sequence of the row a target belongs to: a sample is one, or has one per answer that
+    shares its prompt. A row without vision gets one video token as its own segment (grid 1×2×2, zero patches, no
+    target), so that the tower takes part in every forward on every rank.
     """
     samples = [sample for sample in samples if "input_ids" in sample]
     if not any(len(sample["video_grid_thw"]) for sample in samples):
@@ -1431,6 +1468,7 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
             "input_ids": np.array([encoder.config.video_token_id]),
             "labels": np.array([-100]),
             "position_ids": np.zeros((4, 1), np.int64),
+            "lengths": np.array([1]),
             "video_grid_thw": np.array([[1, merge, merge]]),
             "patches": None,
         }
@@ -1444,20 +1482,33 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
         pixels = torch.zeros(encoder.merge_size**2, encoder.patch_dim, device=device)
     else:
         pixels = normalize_patches(together("patches"), encoder.image_mean, encoder.image_std)
-    labels = np.concatenate(
-        [np.append(sample["labels"][1:], -100) for sample in samples]
-    )  # what each position predicts
-    kept = np.flatnonzero(labels != -100)
+    lengths, prefixes, kept, targets, sequences = [], [], [], [], []
+    tokens = count = 0  # of the row so far
+    for sample in samples:
+        parts, labels = sample["lengths"].tolist(), sample["labels"]
+        prefixes += [None] + [len(lengths)] * (len(parts) - 1)
+        lengths += parts
+        supervised = np.flatnonzero(labels != -100)
+        predictor = np.arange(len(labels)) - 1  # each token is predicted where the one before it stands
+        predictor[np.cumsum(parts)[:-1]] = parts[0] - 1  # an answer's first where its prompt ends
+        assert not len(supervised) or supervised[0] > 0, "a sequence's first token has nothing to be predicted from"
+        kept.append(tokens + predictor[supervised])
+        targets.append(labels[supervised])
+        sequences.append(count + np.repeat(np.arange(len(parts)), parts)[supervised] - (len(parts) > 1))
+        tokens, count = tokens + len(labels), count + max(1, len(parts) - 1)
+    kept, targets, sequences = (
+        torch.from_numpy(np.concatenate(values)).to(device, non_blocking=True) for values in (kept, targets, sequences)
+    )
     row = {
         "input_ids": together("input_ids")[None],
         "position_ids": together("position_ids", 1)[:, None],
-        "plan": AttentionPlan.make([len(sample["input_ids"]) for sample in samples], device=device),
+        "plan": AttentionPlan.make(lengths, prefixes, device),
         "pixel_values_videos": pixels,
         "video_grid_thw": together("video_grid_thw"),
-        "logits_to_keep": torch.from_numpy(kept).to(device, non_blocking=True),
+        "logits_to_keep": kept,
         "use_cache": False,
     }
-    return row, torch.from_numpy(labels[kept]).to(device, non_blocking=True)
+    return row, targets, sequences
 
 
 def token_logps(logits: torch.Tensor, targets: torch.Tensor, chunk: int = 1024) -> torch.Tensor:

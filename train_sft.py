@@ -64,7 +64,7 @@ def evaluate(engine, stream, records, encoder, args) -> dict:
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, tokens, samples
     bar = tqdm(total=len(rows), desc="eval", leave=False, disable=not accelerator.is_main_process)
     for samples in stream.batches(records, rows, args.eval_image_folder):
-        inputs, targets = mv.pack(samples, encoder, accelerator.device)
+        inputs, targets, _ = mv.pack(samples, encoder, accelerator.device)
         with engine.autocast():
             loss = sft_loss(model(**inputs).logits, targets)
         kept = sum("input_ids" in sample for sample in samples)
@@ -143,7 +143,7 @@ def main():
             "videos": sum(sample["num_videos"] for sample in kept),
             "images": sum(sample["num_images"] for sample in kept),
             "tokens": sum(sample["num_tokens"] for sample in kept),
-            "supervised_tokens": sum(len(targets) for _, targets in packed),
+            "supervised_tokens": sum(len(targets) for _, targets, _ in packed),
         }
         sums = torch.tensor(list(counts.values()), dtype=torch.float64, device=accelerator.device)
         counts = dict(zip(counts, (int(count) for count in accelerator.reduce(sums).tolist())))
@@ -152,7 +152,7 @@ def main():
         factor = mv.lr_factor(state["step"], total_steps, args)
         engine.set_learning_rate(factor)
         step_loss = torch.zeros((), device=accelerator.device)
-        for k, (inputs, targets) in enumerate(packed):
+        for k, (inputs, targets, _) in enumerate(packed):
             last = k == len(packed) - 1
             with engine.row(last):
                 with engine.autocast():

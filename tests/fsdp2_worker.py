@@ -79,10 +79,10 @@ def main(model_path, data, videos, out, checkpoint=None):
     for window, seen in mv.step_windows(len(records), 4, 42, state["samples_seen"]):
         rows = mv.micro_batches(window, 1, rank, world_size)
         packed = [mv.pack([encoder(records[i], videos) for i in row], encoder, "cpu") for row in rows]
-        sums = torch.tensor([float(sum(len(targets) for _, targets in packed)), 0.0])
+        sums = torch.tensor([float(sum(len(targets) for _, targets, _ in packed)), 0.0])
         dist.all_reduce(sums)
         tokens = sums[0].item()
-        for k, (inputs, targets) in enumerate(packed):
+        for k, (inputs, targets, _) in enumerate(packed):
             with engine.row(k == len(packed) - 1):
                 loss = sft_loss(engine.model(**inputs).logits, targets) * world_size / tokens
                 sums[1] += loss.detach() / world_size

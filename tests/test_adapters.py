@@ -115,7 +115,7 @@ def of_base(records, data, processor):
 def packed_loss(model, args, records, data):
     """Summed over the records, packed into one row."""
     encoder = mv.Encoder(args.model_id, args)
-    inputs, targets = mv.pack([encoder(record, str(data)) for record in records], encoder, "cpu")
+    inputs, targets, _ = mv.pack([encoder(record, str(data)) for record in records], encoder, "cpu")
     return sft_loss(model(**inputs).logits, targets)
 
 

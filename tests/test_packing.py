@@ -90,11 +90,10 @@ def test_packed_row_equals_plain_model(tiny_model, records, clips, reference, ch
     encoder, samples = packed_row(tiny_model, records, clips)
     assert [sample["num_videos"] for sample in samples] == [30, 1, 0, 1, 0, 3]
     model = mv.load_model(arguments(tiny_model, gradient_checkpointing=checkpointing), "cpu").train()
-    inputs, targets = mv.pack(samples, encoder, "cpu")
+    inputs, targets, sequences = mv.pack(samples, encoder, "cpu")
     logps = mv.token_logps(model(**inputs).logits, targets)
-    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
-    ours = [-part.sum().item() for part in logps.split(counts)]
-    assert ours == pytest.approx(losses, rel=1e-5)
+    ours = -torch.zeros(len(samples)).index_add(0, sequences, logps.detach())
+    assert ours.tolist() == pytest.approx(losses, rel=1e-5)
     (-logps.sum()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     close_gradients(model, plain)
@@ -110,12 +109,37 @@ def test_packed_row_equals_plain_qwen2_vl(tiny_qwen2_vl, records, clips):
     close_gradients(model, plain)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_answers_share_their_prompt(tiny_model, records, clips, checkpointing):
+    """Prompts with one to three answers behind each, in one row, equal every prompt + answer alone, gradients too."""
+    answers, shared, separate = ["Yes.", "It is a longer answer, this one.", "No"], [], []
+    for i, record in enumerate(records):
+        turns = []
+        for answer in answers[: i % 3 + 1]:
+            turns.append([{"role": "assistant", "content": [mv._part("text", text=answer)]}])
+            separate.append({**record, "messages": record["messages"][:-1] + turns[-1]})
+        shared.append({**record, "messages": record["messages"][:-1], "completions": turns})
+    alone = [i for i, record in enumerate(separate) if len(record["messages"]) > 2]
+    separate = [record for i, record in enumerate(separate) if i not in alone]  # answers in prompts are not learned
+    shared = [record for record in shared if len(record["messages"]) == 1]
+    plain, losses = reference_losses(tiny_model, separate, clips)
+    encoder, samples = packed_row(tiny_model, shared, clips)
+    model = mv.load_model(arguments(tiny_model, gradient_checkpointing=checkpointing), "cpu").train()
+    inputs, targets, sequences = mv.pack(samples, encoder, "cpu")
+    assert len(inputs["video_grid_thw"]) == 35  # of 30, 1, 2, and 2 clips, and no clip twice
+    logps = mv.token_logps(model(**inputs).logits, targets)
+    ours = -torch.zeros(len(losses)).index_add(0, sequences, logps)
+    assert ours.tolist() == pytest.approx(losses, rel=1e-5)
+    ours.sum().backward()
+    close_gradients(model, plain)
+
+
 def test_row_without_vision(tiny_model, records, clips):
     """A text-only row carries the one-token dummy: same loss, and every tower parameter gets a zero gradient."""
     encoder, samples = packed_row(tiny_model, [records[4]], clips)
     plain, losses = reference_losses(tiny_model, [records[4]], clips)
     model = mv.load_model(arguments(tiny_model), "cpu").train()
-    inputs, targets = mv.pack(samples, encoder, "cpu")
+    inputs, targets, _ = mv.pack(samples, encoder, "cpu")
     assert inputs["video_grid_thw"].tolist() == [[1, 2, 2]]
     loss = sft_loss(model(**inputs).logits, targets)
     assert loss.item() == pytest.approx(losses[0], rel=1e-5)
@@ -123,14 +147,14 @@ def test_row_without_vision(tiny_model, records, clips):
     close_gradients(model, plain)
     tower = [parameter.grad for name, parameter in model.named_parameters() if "visual." in name]
     assert all(grad is not None and not grad.any() for grad in tower)
-    empty, nothing = mv.pack([], encoder, "cpu")
+    empty, nothing, _ = mv.pack([], encoder, "cpu")
     model.zero_grad()
     sft_loss(model(**empty).logits, nothing).backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
 def sample_losses(model, samples, encoder):
-    inputs, targets = mv.pack(samples, encoder, "cpu")
+    inputs, targets, _ = mv.pack(samples, encoder, "cpu")
     with torch.no_grad():
         logps = mv.token_logps(model(**inputs).logits, targets)
     return [part.sum().item() for part in logps.split([int((s["labels"] != -100).sum()) for s in samples])]
@@ -275,7 +299,7 @@ def test_accumulation(tiny_model, records, clips, rows):
     window = mv.micro_batches([0, 1, 2, 3], batch_size, rank=0, world_size=1)
     assert len(window) == num_rows
     for row in window:
-        inputs, targets = mv.pack([samples[i] for i in row], encoder, "cpu")
+        inputs, targets, _ = mv.pack([samples[i] for i in row], encoder, "cpu")
         loss = sft_loss(model(**inputs).logits, targets) / tokens
         loss.backward()
         total += loss.item()

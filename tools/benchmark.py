@@ -137,7 +137,7 @@ class Ways:
             model.model.rope_deltas = None
             loss = model(**pad(self.usual[:batch_size]), use_cache=False).loss
         else:
-            inputs, targets = mv.pack(self.ours[:batch_size], self.encoder, "cpu")
+            inputs, targets, _ = mv.pack(self.ours[:batch_size], self.encoder, "cpu")
             loss = train_sft.sft_loss(model(**inputs).logits, targets) / len(targets)
         loss.backward()
         optimizer.step()
