@@ -13,6 +13,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import importlib.util
 import inspect
@@ -27,6 +28,9 @@ import shutil
 import signal
 import stat
 import sys
+import time
+import traceback
+import zlib
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,6 +202,7 @@ class TrainingArguments:
     early_stopping_patience: int = arg(0, "Stop after this many evaluations without improvement; 0: never.")
     early_stopping_threshold: float = arg(0.0, "An improvement must exceed this to count for early stopping.")
     resume_from_checkpoint: str | None = arg(None, "auto (or True): the newest complete checkpoint; or its path.")
+    resume_force: bool = arg(False, "Resume although the model, data, seed, batch or precision is another one.")
     logging_steps: int = arg(10, "Steps between lines sent to --report_to (metrics.jsonl has every step).")
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "Trackers: tensorboard, wandb, …, all or none."}
@@ -438,6 +443,7 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         resume not in (None, "auto") and not Path(resume).is_dir(),
         f"--resume_from_checkpoint {resume}: no such folder",
     )
+    complain(args.resume_force and resume is None, "--resume_force needs --resume_from_checkpoint auto")
     complain(resume is None and list_checkpoints(args.output_dir),
              f"--output_dir {args.output_dir} holds checkpoints of an earlier run: continue it with "
              "--resume_from_checkpoint auto, or name another folder")  # fmt: skip
@@ -478,17 +484,36 @@ def _looks_local(name):
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.lower().endswith(DATA_SUFFIXES)
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
 class InputError(ValueError):
     """A wrong argument, record, file or checkpoint, whose message says all: `run` shows it without a traceback."""
 
 
 def run(main):
-    """Run a trainer's main(); what is wrong with its input ends it with one message and exit code 1."""
+    """Run a trainer's main(); what is wrong with its input or its disk ends it with one message and exit code 1.
+
+    One of several processes leaves at once, without the clean-up in which it might wait for the others.
+    """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         main()
-    except InputError as error:
-        print(f"\n{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+    except (InputError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        if not full and not isinstance(error, InputError):
+            traceback.print_exc()
+        else:
+            mend = "; what was saved before is intact: make room, then --resume_from_checkpoint auto" if full else ""
+            print(f"\n{Path(sys.argv[0]).name}: {error}{mend}", file=sys.stderr, flush=True)
+    except Exception:
+        traceback.print_exc()
+    else:
+        return
+    if several:
+        sys.stderr.flush()
+        os._exit(1)
+    raise SystemExit(1)
 
 
 def say(message: str):
@@ -816,6 +841,11 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
+
+
+def record_files(row: dict) -> list[str]:
+    """The video and image files of a normal record, as they are written in it."""
+    return [path for turn in row["messages"] for part in turn["content"] for path in part["files"]]
 
 
 def resolve_path(path: str, folder: str) -> str:
@@ -1802,6 +1832,76 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     return accelerator
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ECHO_SECONDS = 2
+
+
+def catch_signals() -> list[float]:
+    """From now on the first stop signal only joins the returned list; a second one ends the process at once.
+
+    Launchers pass on a signal that the process may have had already: what comes within ECHO_SECONDS is no second one.
+    """
+    caught = []
+
+    def catch(number, frame):
+        if caught and time.monotonic() > caught[0] + ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        caught.append(time.monotonic())
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, catch)
+    return caught
+
+
+def stop_asked(accelerator: Accelerator, caught: list[float]) -> bool:
+    """Whether any process has caught a stop signal; every process must ask."""
+    return bool(accelerator.gather(torch.tensor([len(caught)], device=accelerator.device)).any())
+
+
+def exchange(accelerator: Accelerator, state: dict, window: list[int], counts: dict, caught: list[float]):
+    """The one small exchange of a step: `(counts summed over all processes, was any asked to stop)`.
+
+    Raises:
+        InputError: the processes are not at the same step, records or number of bad steps.
+    """
+    own = [state["step"], zlib.crc32(json.dumps(window).encode()), state["bad_steps"], len(caught), *counts.values()]
+    rows = accelerator.gather(torch.tensor([own], dtype=torch.float64, device=accelerator.device)).long()
+    if (rows[:, :3] != rows[0, :3]).any():
+        places = [f"process {i}: after step {step}, records {crc:08x}, {bad} bad steps in a row"
+                  for i, (step, crc, bad) in enumerate(rows[:, :3].tolist())]  # fmt: skip
+        stop_all(accelerator, "the processes disagree on where they are:\n  • " + "\n  • ".join(places)
+                 + "\nResume from the newest checkpoint")  # fmt: skip
+    return dict(zip(counts, rows[:, 4:].sum(0).tolist())), bool(rows[:, 3].any())
+
+
+def stop_all(accelerator: Accelerator, message: str):
+    """End every process (each must call it) with one message, the main one's."""
+    if accelerator.is_main_process:
+        raise InputError(message)
+    raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def all_or_none(accelerator: Accelerator, doing: str):
+    """Around writing: if it fails on one process, all of them stop, with that process's one message.
+
+    Raises:
+        InputError: on the first process that failed; SystemExit on the others.
+    """
+    problem = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = error
+    failed = accelerator.gather(torch.tensor([problem is not None], device=accelerator.device)).tolist()
+    if any(failed):
+        if accelerator.process_index == failed.index(True):
+            raise InputError(f"{doing}: {problem}; what was saved before is intact: make room or mend the disk, then "
+                             "--resume_from_checkpoint auto") from None  # fmt: skip
+        raise SystemExit(1)
+
+
 class Engine:
     """The model with its optimizer, prepared: the same few calls for one process, DDP, DeepSpeed and FSDP2.
 
@@ -1992,7 +2092,7 @@ class SampleStream:
         try:
             sample = future.result()
         except pebble.ProcessExpired as error:
-            files = [path for turn in row["messages"] for part in turn["content"] for path in part["files"]]
+            files = record_files(row)
             raise InputError(f"record {row['id']}: the process that decoded it died (exit code {error.exitcode}): "
                              f"one of its files is harmful: {', '.join(files)}") from None  # fmt: skip
         self.sample_bytes = max(self.sample_bytes, sum(v.nbytes for v in sample.values() if isinstance(v, np.ndarray)))
@@ -2060,18 +2160,25 @@ def publish_model(output_dir: str, engine: Engine, processor, best: str | None):
     Every process must call it. Written aside, then moved file by file.
     """
     state = None if best else engine.full_state()
-    if engine.accelerator.is_main_process:
-        aside = Path(output_dir) / ".model.aside"
-        shutil.rmtree(aside, ignore_errors=True)
-        if best:
-            own = ("optimizer.*", "random_states*", "trainer_state.json", "manifest.json", "deepspeed", "zero_to_*")
-            shutil.copytree(Path(output_dir) / best, aside, ignore=shutil.ignore_patterns(*own))
-        else:
-            save_model(engine.raw_model, processor, aside, state)
-        for file in aside.iterdir():
-            os.replace(file, Path(output_dir) / file.name)
-        aside.rmdir()
-    engine.accelerator.wait_for_everyone()
+    with all_or_none(engine.accelerator, f"the final model cannot be written to {output_dir}"):
+        if engine.accelerator.is_main_process:
+            aside = Path(output_dir) / ".model.aside"
+            shutil.rmtree(aside, ignore_errors=True)
+            if best:
+                own = (
+                    "optimizer.*",
+                    "random_states*",
+                    "trainer_state.json",
+                    "manifest.json",
+                    "deepspeed",
+                    "zero_to_*",
+                )
+                shutil.copytree(Path(output_dir) / best, aside, ignore=shutil.ignore_patterns(*own))
+            else:
+                save_model(engine.raw_model, processor, aside, state)
+            for file in aside.iterdir():
+                os.replace(file, Path(output_dir) / file.name)
+            aside.rmdir()
 
 
 def save_checkpoint(output_dir: str, engine: Engine, processor, state: dict):
@@ -2082,15 +2189,14 @@ def save_checkpoint(output_dir: str, engine: Engine, processor, state: dict):
     """
     final = Path(output_dir) / f"checkpoint-{state['step']}"
     aside, accelerator = final.with_name(f".{final.name}.aside"), engine.accelerator
+    writing = partial(all_or_none, accelerator, f"{final} cannot be written")
     weights = engine.full_state()
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        save_model(engine.raw_model, processor, aside, weights)
-    accelerator.wait_for_everyone()
+    with writing():
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            save_model(engine.raw_model, processor, aside, weights)
     tensors, numbers = {}, {}
-    if engine.deepspeed:
-        engine.model.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
-    else:
+    if not engine.deepspeed:
         for name, values in engine.optimizer_state().items():
             for key, value in values.items():
                 if isinstance(value, torch.Tensor):
@@ -2100,23 +2206,31 @@ def save_checkpoint(output_dir: str, engine: Engine, processor, state: dict):
     random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
-    save_file(random_states, aside / f"random_states_{accelerator.process_index}.safetensors")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_file(tensors, aside / "optimizer.safetensors")
-        saved = {**state, "num_processes": accelerator.num_processes, "optimizer": numbers}
-        write_json(aside / "trainer_state.json", {**saved, "scaler": engine.scaler.state_dict()})
-        files = [file for file in aside.rglob("*") if file.is_file()]
-        write_json(aside / "manifest.json", {str(file.relative_to(aside)): file.stat().st_size for file in files})
-        if problem := checkpoint_problem(aside):
-            raise OSError(f"{aside}: {problem} after writing: the disk is full or failing; earlier ones are intact")
-        for path in [*files, aside / "manifest.json", aside]:
-            _fsync(path)
-        if final.exists():  # the same step of an earlier attempt
-            _remove_folder(final)
-        os.rename(aside, final)
-        _fsync(final.parent)
-    accelerator.wait_for_everyone()
+    with writing():
+        if engine.deepspeed:
+            try:
+                engine.model.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
+            except RuntimeError as error:  # how torch.save reports a failed write
+                raise OSError(str(error).splitlines()[0]) from None
+        save_file(random_states, aside / f"random_states_{accelerator.process_index}.safetensors")
+    with writing():
+        if accelerator.is_main_process:
+            save_file(tensors, aside / "optimizer.safetensors")
+            saved = {**state, "num_processes": accelerator.num_processes, "optimizer": numbers}
+            write_json(aside / "trainer_state.json", {**saved, "scaler": engine.scaler.state_dict()})
+            files = [file for file in aside.rglob("*") if file.is_file()]
+            write_json(aside / "manifest.json", {str(file.relative_to(aside)): file.stat().st_size for file in files})
+            if problem := checkpoint_problem(aside):
+                raise OSError(f"{problem} after writing")
+            for path in [*files, aside / "manifest.json", aside]:
+                _fsync(path)
+            replaced = final.with_name(f".{final.name}.replaced")  # still found if a kill comes between the renames
+            if final.exists():  # the same step of an earlier attempt
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.rename(final, replaced)
+            os.rename(aside, final)
+            _fsync(final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _fsync(path):
@@ -2156,9 +2270,12 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
-    """The folders `checkpoint-N` in `output_dir`, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    """The folders `checkpoint-N` in `output_dir`, oldest first, and one that was just being replaced by its like."""
+    found = {}
+    for path in Path(output_dir).glob("*checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.replaced", path.name):
+            found[path] = int(match[1] or match[2]), bool(match[1])
+    return sorted(found, key=found.get)
 
 
 def find_checkpoint(args: TrainingArguments) -> Path | None:
@@ -2183,25 +2300,57 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
     return None
 
 
+def run_identity(args: TrainingArguments, encoder: Encoder, records: Dataset, samples_per_step: int) -> dict:
+    """What must be the same when a run is resumed: model, data, seed, batch arithmetic and precision."""
+    config = {key: value for key, value in encoder.config.to_dict().items() if key != "transformers_version"}
+    local = Path(args.model_id).is_dir()
+    if Path(args.data_path).is_file():
+        digest = hashlib.sha256()
+        with open(args.data_path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        data = digest.hexdigest()
+    else:
+        data = _open_table(args.data_path)._fingerprint
+    return {
+        "model": str(Path(args.model_id).resolve()) if local else args.model_id,
+        "model config (SHA-256)": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "data file (SHA-256)": data,
+        "records": len(records),
+        "samples per step": samples_per_step,
+        "seed": args.seed,
+        "precision": next((name for name in ("bf16", "fp16", "pure_bf16") if getattr(args, name)), "fp32"),
+    }
+
+
 def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     """Load optimizer, loss scale and random states (the weights are load_model's) and return the trainer's state.
 
-    `state` holds the values that decide the record order (as saved by save_checkpoint): they must be the same.
+    `state` is the fresh run's; its `run` (see run_identity) must be that of the checkpoint, unless --resume_force.
+    Another number of processes goes on with the same sample order, except on DeepSpeed's shards.
 
     Raises:
-        InputError: the run is not the one that wrote the checkpoint, or a piece of the optimizer is missing.
+        InputError: the run is not the one that wrote the checkpoint, or a piece of it is missing.
     """
     saved = json.loads((folder / "trainer_state.json").read_text())
-    changed = [f"{key}: {saved['order'].get(key)} then, {value} now" for key, value in state["order"].items()
-               if saved["order"].get(key) != value]  # fmt: skip
-    world_size = engine.accelerator.num_processes
+    if lacking := sorted(state.keys() - saved.keys()):
+        raise InputError(f"{folder}: trainer_state.json has no {', '.join(lacking)}: another version wrote it")
+    changed = [f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()
+               if saved["run"].get(key) != value]  # fmt: skip
+    world_size, shards = engine.accelerator.num_processes, []
     if engine.deepspeed != (folder / "deepspeed").is_dir():
-        changed.append("DeepSpeed in one, but not in the other")
+        shards.append(f"DeepSpeed: {'no' if engine.deepspeed else 'yes'} then, "
+                      f"{'yes' if engine.deepspeed else 'no'} now")  # fmt: skip
     elif engine.deepspeed and saved["num_processes"] != world_size:
-        changed.append(f"processes: {saved['num_processes']} then, {world_size} now (DeepSpeed's shards are one each)")
-    if changed:
-        raise InputError(f"{folder} belongs to another run; these differ:\n  • " + "\n  • ".join(changed)
-                         + "\nGive the same values, or start in another --output_dir")  # fmt: skip
+        shards.append(f"processes: {saved['num_processes']} then, {world_size} now (DeepSpeed's shards are one each)")
+    if changed and engine.args.resume_force and not shards:
+        say(f"{folder} belongs to another run; --resume_force goes on although these differ:\n  • "
+            + "\n  • ".join(changed))  # fmt: skip
+    elif changed or shards:
+        mend = "" if shards else ", or add --resume_force True"
+        stop_all(engine.accelerator, f"{folder} belongs to another run; these differ:\n  • "
+                 + "\n  • ".join(changed + shards)
+                 + f"\nGive the same values, or start in another --output_dir{mend}")  # fmt: skip
     if engine.deepspeed:
         if engine.model.load_checkpoint(str(folder), tag="deepspeed")[0] is None:
             raise InputError(f"{folder}: DeepSpeed cannot load its shards")
@@ -2216,13 +2365,15 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
                              f"{sorted(wrong)[0]}: give the same freezing flags")  # fmt: skip
         engine.load_optimizer_state(optimizer_state)
     own = folder / f"random_states_{engine.accelerator.process_index}.safetensors"
+    if not own.is_file() and engine.accelerator.process_index < saved["num_processes"]:
+        raise InputError(f"{folder}: {own.name} is missing: the run cannot go on as it would have")
     if own.is_file():  # absent for the added processes of a larger run
         random_states = load_file(own)
         torch.set_rng_state(random_states["cpu"])
         if "cuda" in random_states and torch.cuda.is_available():
             torch.cuda.set_rng_state(random_states["cuda"])
     engine.scaler.load_state_dict(saved["scaler"])
-    return saved
+    return {key: saved[key] for key in state} | {"run": state["run"]}
 
 
 def prune_checkpoints(output_dir: str, keep: int | None, best: str | None):
@@ -2280,8 +2431,14 @@ def append_jsonl(path: Path, row: dict):
         file.write(json.dumps(row) + "\n")
 
 
-def cut_metrics(path: Path, step: int):
-    """Drop the rows of metrics.jsonl after `step` (and a torn last line): the resumed run writes them again."""
+def bad_step(row: dict, records: list[dict]) -> dict:
+    """A line of bad_steps.jsonl: what was not finite in a step, and the records and files that were in it."""
+    told = {key: row[key] for key in ("step", "not_finite", "loss", "grad_norm", "learning_rate")}
+    return told | {"records": [{"id": record["id"], "files": record_files(record)} for record in records]}
+
+
+def cut_jsonl(path: Path, step: int):
+    """Drop the rows of a file after `step` (and a torn last line): the resumed run writes them again."""
     if not path.exists():
         return
     rows = []
@@ -2292,3 +2449,20 @@ def cut_metrics(path: Path, step: int):
     aside = path.with_name(f".{path.name}.aside")
     aside.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
     os.replace(aside, path)
+
+
+def judge(state: dict, result: dict, args: TrainingArguments) -> bool:
+    """Whether an evaluation is the best so far; keeps `best` and `evals_without_gain` of the state.
+
+    Raises:
+        InputError: --metric_for_best_model is not among its results.
+    """
+    name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    if name not in result:
+        raise InputError(f"--metric_for_best_model {args.metric_for_best_model}: evaluation gives {', '.join(result)}")
+    sign = 1 if args.greater_is_better else -1
+    gain = math.inf if state["best"] is None else (result[name] - state["best"]) * sign
+    state["evals_without_gain"] = 0 if gain > args.early_stopping_threshold else state["evals_without_gain"] + 1
+    if gain > 0:
+        state["best"] = result[name]
+    return gain > 0

@@ -55,8 +55,11 @@ def normalize_record(record: dict, where: str) -> dict:
 
 
 @torch.no_grad()
-def evaluate(engine, stream, records, encoder, args) -> dict:
-    """Loss per supervised token over all of `records`: `{"eval_loss", "eval_samples", "eval_tokens"}`."""
+def evaluate(engine, stream, records, encoder, args, caught) -> dict | None:
+    """Loss per supervised token over all of `records`: `{"eval_loss", "eval_samples", "eval_tokens"}`.
+
+    None if a process was asked to stop meanwhile.
+    """
     model, accelerator = engine.model, engine.accelerator
     model.eval()
     rows = mv.micro_batches(list(range(len(records))), args.per_device_eval_batch_size,
@@ -64,6 +67,8 @@ def evaluate(engine, stream, records, encoder, args) -> dict:
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, tokens, samples
     bar = tqdm(total=len(rows), desc="eval", leave=False, disable=not accelerator.is_main_process)
     for samples in stream.batches(records, rows, args.eval_image_folder):
+        if mv.stop_asked(accelerator, caught):
+            return None
         inputs, targets, _ = mv.pack(samples, encoder, accelerator.device)
         with engine.autocast():
             loss = sft_loss(model(**inputs).logits, targets)
@@ -107,12 +112,13 @@ def main():
     # ---- resume: `state` is everything that is not a tensor
     state = {
         "step": 0, "samples_seen": 0, "bad_steps": 0, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
-        "order": {"records": len(records), "samples_per_step": samples_per_step, "seed": args.seed},
+        "eval_due": False, "save_due": False, "run": mv.run_identity(args, encoder, records, samples_per_step),
     }  # fmt: skip
     if resumed:
         state = mv.restore_checkpoint(resumed, engine, state)
     if is_main:
-        mv.cut_metrics(metrics_path, state["step"])
+        for name in ("metrics.jsonl", "bad_steps.jsonl"):
+            mv.cut_jsonl(output_dir / name, state["step"])
         mv.write_json(output_dir / "arguments.json", asdict(args))
     if trackers:
         config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
@@ -121,17 +127,42 @@ def main():
     if is_main:
         mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
 
-    # ---- the loop
+    # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
     windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"])
     windows = itertools.islice(windows, max(0, total_steps - state["step"]))
     rank = accelerator.process_index
     steps = stream.steps(records, windows, batch_size, rank, world_size, args.image_folder)
     bar = tqdm(total=total_steps, initial=state["step"], desc="train", disable=not is_main)
     model.train()
-    stop = state["step"] >= total_steps
-    while not stop:
+    caught, saved_step = mv.catch_signals(), None
+    while True:
+        epoch = state["samples_seen"] / len(records)
+        if state["eval_due"]:
+            result = evaluate(engine, stream, eval_records, encoder, args, caught)
+            if stop := result is None:
+                break
+            improved = mv.judge(state, result, args)
+            state["eval_due"] = False
+            state["save_due"] = state["save_due"] or (improved and args.load_best_model_at_end)
+            if improved and state["save_due"]:
+                state["best_checkpoint"] = f"checkpoint-{state['step']}"
+            if is_main:
+                mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
+                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
+            if trackers:
+                accelerator.log(result, state["step"])
+        if state["save_due"]:
+            state["save_due"], saved_step = False, state["step"]
+            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+            if is_main:
+                mv.prune_checkpoints(args.output_dir, args.save_total_limit, state["best_checkpoint"])
+        early = 0 < args.early_stopping_patience <= state["evals_without_gain"]
+        if early or state["step"] >= total_steps:
+            break
+
+        # ---- data, and the exchange that keeps the processes together
         started = time.perf_counter()
-        window, state["samples_seen"], rows = next(steps)
+        window, samples_seen, rows = next(steps)
         data_wait = time.perf_counter() - started
         packed = [mv.pack(samples, encoder, accelerator.device) for samples in rows]
         encoded = [sample for samples in rows for sample in samples]
@@ -145,10 +176,12 @@ def main():
             "tokens": sum(sample["num_tokens"] for sample in kept),
             "supervised_tokens": sum(len(targets) for _, targets, _ in packed),
         }
-        sums = torch.tensor(list(counts.values()), dtype=torch.float64, device=accelerator.device)
-        counts = dict(zip(counts, (int(count) for count in accelerator.reduce(sums).tolist())))
+        counts, stop = mv.exchange(accelerator, state, window, counts, caught)
+        if stop:
+            break
         window_tokens = max(counts["supervised_tokens"], 1)
 
+        # ---- forward, backward, step
         factor = mv.lr_factor(state["step"], total_steps, args)
         engine.set_learning_rate(factor)
         step_loss = torch.zeros((), device=accelerator.device)
@@ -165,10 +198,9 @@ def main():
                     loss = loss if loss_finite else loss * math.nan  # then no process updates anything
                 engine.backward(loss)
         grad_norm, overflow = engine.step()
-        state["step"] += 1
         bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
+        state["step"], state["samples_seen"] = state["step"] + 1, samples_seen
         state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
-        epoch = state["samples_seen"] / len(records)
 
         # ---- log
         seconds = time.perf_counter() - started
@@ -176,7 +208,7 @@ def main():
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
         row = {
             "step": state["step"],
-            "epoch": round(epoch, 6),
+            "epoch": round(samples_seen / len(records), 6),
             "loss": float(step_loss),
             "learning_rate": args.learning_rate * factor,
             "grad_norm": grad_norm,
@@ -187,69 +219,43 @@ def main():
             "max_memory_gb": round(memory, 3),
         }
         if bad or overflow:
-            ids = [records[i]["id"] for i in window]
-            row |= {"not_finite": "loss" if not loss_finite else "gradient", "record_ids": ids}
-        row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
+            row["not_finite"] = "loss" if not loss_finite else "gradient"
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         if is_main:
             mv.append_jsonl(metrics_path, row)
+            if bad:
+                mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
         if trackers and state["step"] % args.logging_steps == 0:
-            accelerator.log(
-                {key: value for key, value in row.items() if isinstance(value, (int, float))}, state["step"]
-            )
+            accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
         bar.set_postfix_str(
             f"loss {float(step_loss):.4f}, {counts['samples'] / seconds:.1f} samples/s, "
             f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}"
         )
         bar.update()
         if state["bad_steps"] >= args.max_bad_steps:
-            raise mv.InputError(
-                f"{args.max_bad_steps} steps in a row had a loss or gradient that is not finite; the newest "
-                f"checkpoint has the last good weights. Records of the last step: {ids[:8]}"
-            )
+            mv.stop_all(accelerator, f"{args.max_bad_steps} steps in a row had a loss or gradient that is not finite; "
+                        f"the newest checkpoint has the last good weights. Their records and files are in "
+                        f"{output_dir / 'bad_steps.jsonl'}")  # fmt: skip
 
-        # ---- eval
-        ends_epoch = state["samples_seen"] % len(records) == 0
-        stop = state["step"] >= total_steps
-        improved = False
+        # ---- what is due now
+        ends_epoch, ends = samples_seen % len(records) == 0, state["step"] >= total_steps
         due = {"no": False, "steps": state["step"] % (args.eval_steps or args.logging_steps) == 0, "epoch": ends_epoch}
-        if eval_records and (due[args.eval_strategy] or (stop and args.eval_strategy != "no")):
-            result = evaluate(engine, stream, eval_records, encoder, args)
-            if args.metric_for_best_model.removeprefix("eval_") not in {key.removeprefix("eval_") for key in result}:
-                raise mv.InputError(
-                    f"--metric_for_best_model {args.metric_for_best_model}: evaluation gives {', '.join(result)}"
-                )
-            metric = result[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
-            gain = (
-                math.inf if state["best"] is None else (metric - state["best"]) * (1 if args.greater_is_better else -1)
-            )
-            improved = gain > 0
-            state["evals_without_gain"] = (
-                0 if gain > args.early_stopping_threshold else state["evals_without_gain"] + 1
-            )
-            state["best"] = metric if improved else state["best"]
-            if is_main:
-                mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
-                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
-            if trackers:
-                accelerator.log(result, state["step"])
-            if args.early_stopping_patience and state["evals_without_gain"] >= args.early_stopping_patience:
-                mv.say(f"\nstopping early: {state['evals_without_gain']} evaluations without improvement")
-                stop = True
-
-        # ---- save
+        state["eval_due"] = args.eval_strategy != "no" and (due[args.eval_strategy] or ends)
         due = {"no": False, "steps": state["step"] % args.save_steps == 0, "epoch": ends_epoch}
-        if args.save_strategy != "no" and (due[args.save_strategy] or (improved and args.load_best_model_at_end)):
-            if improved:
-                state["best_checkpoint"] = f"checkpoint-{state['step']}"
-            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
-            if is_main:
-                mv.prune_checkpoints(args.output_dir, args.save_total_limit, state["best_checkpoint"])
+        state["save_due"] = due[args.save_strategy]
 
+    # ---- the end: asked to stop, or done
     bar.close()
     steps.close()
     stream.close()
+    if stop:
+        if state["step"] != saved_step:
+            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+        mv.say(f"stopped by a signal after step {state['step']}: go on with --resume_from_checkpoint auto")
+        accelerator.end_training()
+        raise SystemExit(143)
+    if early:
+        mv.say(f"stopped early: {state['evals_without_gain']} evaluations without improvement")
     best = state["best_checkpoint"] if args.load_best_model_at_end else None
     mv.publish_model(args.output_dir, engine, encoder.processor, best)
     mv.say(f"saved {best or 'the last step'} to {output_dir}; every step is in {metrics_path}")

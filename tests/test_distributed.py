@@ -128,9 +128,12 @@ def test_two_processes_equal_one(mixed, alone, tmp_path, config):
         run(config, [*mixed, "--resume_from_checkpoint", "auto"], again, 2, 2)
         assert metrics(again) == metrics(tmp_path)
         state = json.loads((again / "checkpoint-5" / "trainer_state.json").read_text())
-        alone_now = SimpleNamespace(deepspeed=True, accelerator=SimpleNamespace(num_processes=1))
+        alone_now = SimpleNamespace(
+            deepspeed=True, args=mv.TrainingArguments(resume_force=True),
+            accelerator=SimpleNamespace(num_processes=1, is_main_process=True),
+        )  # fmt: skip
         with pytest.raises(mv.InputError, match="processes: 2 then, 1 now"):
-            mv.restore_checkpoint(again / "checkpoint-5", alone_now, {"order": state["order"]})
+            mv.restore_checkpoint(again / "checkpoint-5", alone_now, state)
 
 
 def test_more_processes_continue_one(mixed, alone, tmp_path):

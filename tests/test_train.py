@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +177,12 @@ def in_process(monkeypatch, *flags):
     for shared in (AcceleratorState, GradientState, PartialState):
         shared._reset_state()
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, flags), "--dataloader_num_workers", "0"])
-    train_sft.main()
+    handlers = {number: signal.getsignal(number) for number in mv.STOP_SIGNALS}
+    try:
+        train_sft.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_early_stopping_and_best_model(demo, flags, tmp_path, monkeypatch):
@@ -205,8 +211,12 @@ def test_bad_steps_change_nothing_and_end_the_run(demo, flags, tmp_path, monkeyp
             "--save_strategy", "no", "--output_dir", tmp_path,
         )  # fmt: skip
     rows = metrics(tmp_path)
-    assert [row["not_finite"] for row in rows[-3:]] == ["loss"] * 3
-    assert all(len(row["record_ids"]) == 4 and row["loss"] is None for row in rows[-3:])
+    assert [(row["not_finite"], row["loss"]) for row in rows[-3:]] == [("loss", None)] * 3
+    bad = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in bad] == [row["step"] for row in rows[-3:]]
+    records = {record["id"]: record["video"] for record in json.loads((demo / "sft_train.json").read_text())}
+    assert all(len(step["records"]) == 4 for step in bad)
+    assert all(record["files"] == records[record["id"]] for step in bad for record in step["records"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
@@ -278,7 +288,7 @@ def test_damaged_checkpoints_are_skipped(straight, tmp_path, capsys):
 
 def test_resume_refuses_another_run(straight, demo, flags, tmp_path, monkeypatch):
     folder, _ = straight
-    with pytest.raises(ValueError, match=r"samples_per_step: 4 then, 6 now"):
+    with pytest.raises(ValueError, match=r"samples per step: 4 then, 6 now"):
         in_process(
             monkeypatch, *flags[:-2], "--per_device_train_batch_size", 3, "--output_dir", tmp_path,
             "--resume_from_checkpoint", folder / "checkpoint-7",
