@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -28,21 +29,23 @@ import shutil
 import signal
 import stat
 import sys
+import tempfile
 import time
 import traceback
 import zlib
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import datasets
 import ijson
 import numpy as np
 import pebble
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 import transformers
+import xxhash
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
@@ -56,6 +59,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 # Qwen's reference numbers (qwen_vl_utils 0.0.14): frames per second, frames, tokens.
@@ -140,7 +144,26 @@ class TrainingArguments:
     on_long_sample: str = arg(
         "error", "A sample over --max_seq_length: stop the run, or skip it and count it.", choices=["error", "skip"]
     )
-    dataloader_num_workers: int = arg(4, "Decoding processes beside each training process; 0 decodes in the trainer.")
+    dataloader_num_workers: int = arg(
+        4, "Decoding processes beside each training process; 0 decodes in the trainer, which a bad file may then hang."
+    )
+    on_bad_video: str = arg(
+        "error",
+        "A video or image that cannot be read: stop, leave it and its place in the text out, or leave the sample out. "
+        "Either way it is listed in bad_videos.jsonl.",
+        choices=["error", "drop_video", "drop_sample"],
+    )
+    max_bad_ratio: float = arg(0.01, "Stop when more than this share of the videos so far (at least 1,000) was bad.")
+    decode_timeout: float = arg(60.0, "Seconds after which a file that is still being decoded counts as bad.")
+    video_decoder: str = arg(
+        "decord", "decord, with PyAV for what decord cannot read exactly; or PyAV for all.", choices=["decord", "pyav"]
+    )
+    video_cache: str | None = arg(
+        None,
+        "Folder that keeps decoded frames, or none (default: $MULTIVIDEO_CACHE, $HF_HOME/multivideo or "
+        "~/.cache/multivideo).",
+    )
+    video_cache_limit_gb: float = arg(50.0, "Size at which the cache stops growing (or a fifth of the free disk).")
 
     # sampling and sizes (Qwen's reference arithmetic; a record's own options win)
     fps: float = arg(2.0, "Frames taken per second of video.")
@@ -337,6 +360,16 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         complain(path and not Path(path).is_dir(), f"--{flag} {path}: no such folder")
     complain(args.system_prompt and CONTROL_TOKENS.search(args.system_prompt),
              "--system_prompt has a control token such as <|im_end|>: take it out")  # fmt: skip
+    home = os.environ.get("HF_HOME", "")
+    folder = args.video_cache or os.environ.get("MULTIVIDEO_CACHE") or (home and os.path.join(home, "multivideo"))
+    args.video_cache = None if folder.lower() == "none" else os.path.expanduser(folder or "~/.cache/multivideo")
+    if args.video_cache:
+        try:
+            os.makedirs(args.video_cache, mode=0o700, exist_ok=True)
+            reason = None if os.access(args.video_cache, os.W_OK) else "cannot be written to"
+        except OSError as error:
+            reason = error.strerror
+        complain(reason, f"--video_cache {args.video_cache}: {reason}: name another folder, or none")
     complain(Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file: name a folder")
     complain(
         _looks_local(args.model_id) and not Path(args.model_id).is_dir(), f"--model_id {args.model_id}: no such folder"
@@ -358,12 +391,13 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
                  "image_resized_width", "image_resized_height", "video_resized_width", "video_resized_height",
                  "max_video_tokens", "max_seq_length", "min_frames", "max_frames", "num_train_epochs", "save_steps",
                  "eval_steps", "logging_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-                 "gradient_accumulation_steps", "save_total_limit", "max_bad_steps", "adam_epsilon"):  # fmt: skip
+                 "gradient_accumulation_steps", "save_total_limit", "max_bad_steps", "adam_epsilon",
+                 "decode_timeout"):  # fmt: skip
         value = getattr(args, flag)
         complain(value is not None and value <= 0, f"--{flag} {value}: must be above 0")
     for flag in ("learning_rate", "vision_lr", "merger_lr", "weight_decay", "max_grad_norm", "warmup_steps",
                  "dataloader_num_workers", "early_stopping_patience", "unfreeze_topk_llm",
-                 "unfreeze_topk_vision"):  # fmt: skip
+                 "unfreeze_topk_vision", "video_cache_limit_gb"):  # fmt: skip
         value = getattr(args, flag)
         complain(value is not None and value < 0, f"--{flag} {value}: must be 0 or more")
     for flag in ("adam_beta1", "adam_beta2"):
@@ -372,6 +406,7 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
     complain(
         args.max_steps == 0 or args.max_steps < -1, f"--max_steps {args.max_steps}: must be above 0 (or -1: by epochs)"
     )
+    complain(not 0 <= args.max_bad_ratio <= 1, f"--max_bad_ratio {args.max_bad_ratio}: must lie between 0 and 1")
     complain(not 0 <= args.warmup_ratio <= 1, f"--warmup_ratio {args.warmup_ratio}: must lie between 0 and 1")
     complain(args.nframes == 1, "--nframes 1: two frames make one temporal patch, the fewest is 2")
     complain(args.min_frames % FRAME_FACTOR, f"--min_frames {args.min_frames}: must be a multiple of {FRAME_FACTOR}")
@@ -489,6 +524,18 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 class InputError(ValueError):
     """A wrong argument, record, file or checkpoint, whose message says all: `run` shows it without a traceback."""
+
+
+class BadVideo(InputError):
+    """A record whose video or image cannot be read."""
+
+    def __init__(self, record: str, path: str, reason: str):
+        super().__init__(record, path, reason)
+        self.record, self.path, self.reason = record, path, reason
+
+    def __str__(self):
+        return (f"record {self.record}: {self.path}: {self.reason}. Mend the file, take it out of the record, or give "
+                "--on_bad_video drop_video or drop_sample")  # fmt: skip
 
 
 def run(main):
@@ -852,15 +899,15 @@ def resolve_path(path: str, folder: str) -> str:
     """Join a record's path to its folder and make sure that it is a regular file.
 
     Raises:
-        ValueError: no such file, or something else than a file (folder, pipe, device).
+        BadFile: no such file, or something else than a file (folder, pipe, device).
     """
     path = os.path.join(folder, path)
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; paths start from --image_folder {folder}") from None
+        raise BadFile(path, f"{error.strerror or error}; paths start from --image_folder {folder}") from None
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: not a regular file (a folder, pipe or device): give a video or image file")
+        raise BadFile(path, "not a regular file (a folder, pipe or device): give a video or image file")
     return path
 
 
@@ -940,46 +987,71 @@ def sample_frames(part: dict, total_frames: int, video_fps: float, args, at_most
     return indices, count / available * video_fps
 
 
-def read_video(path: str, pick):
-    """Decode the frames that `pick(total_frames, fps)` returns: uint8 [F, 3, height, width], channels last in memory.
+class BadFile(ValueError):
+    """A video or image that cannot be read: its path, and why."""
 
-    decord at its fastest exact setting; PyAV, decoding in sequence, where decord is missing, refuses or errs.
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self):
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass
+class VideoInfo:
+    """What a decoder found in a video: frames, frames per second, native size as shown, and which decoder it was."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    decoder: str
+    not_decord: str | None = None  # why
+
+
+def read_video(path: str, pick, decoder: str = "decord") -> tuple[torch.Tensor, VideoInfo]:
+    """Decode the frames that `pick(num_frames, fps)` returns: uint8 [F, 3, height, width], channels last in memory.
+
+    decord at its fastest exact setting; PyAV, decoding in sequence, where decord is missing, refuses, errs or finds
+    wrong frames by seeking (see video_index).
 
     Raises:
-        ValueError: neither can read it.
+        BadFile: neither can read it.
     """
     try:
         import decord
     except ImportError:
         decord = None
-    mend = "make the file again or take it out of the record"
     try:
-        total_frames, fps, seekable = video_index(path)
+        num_frames, fps, not_decord = video_index(path)
     except ValueError as error:
-        raise ValueError(f"{path}: cannot be decoded: {error}; {mend}") from None
-    refused = "not tried" if decord else "not installed"
-    if decord is not None and seekable:
+        raise BadFile(path, f"cannot be decoded: {error}") from None
+    if decoder != "decord":
+        not_decord = "--video_decoder"
+    elif decord is None:
+        not_decord = "decord is not installed"
+    if not_decord is None:
         try:
             reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-4)
             length, rate = len(reader), reader.get_avg_fps()
-        except (decord.DECORDError, RuntimeError, AssertionError) as error:
-            refused = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        else:
             indices = pick(length, rate)
-            try:
-                frames = reader.get_batch(indices).asnumpy()  # [F, height, width, 3]
-                return torch.from_numpy(frames).permute(0, 3, 1, 2)
-            except (decord.DECORDError, decord.DECORDLimitReachedError) as error:
-                refused = str(error).strip().splitlines()[0]
-    indices = pick(total_frames, fps)
+            frames = reader.get_batch(indices).asnumpy()  # [F, height, width, 3]
+            frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
+            return frames, VideoInfo(length, rate, *frames.shape[-2:], "decord")
+        except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
+            not_decord = f"decord: {str(error).strip().splitlines()[0] if str(error).strip() else 'AssertionError'}"
     try:
-        return _decode_in_order(path, indices)
+        frames = _decode_in_order(path, pick(num_frames, fps))
     except ValueError as error:
-        raise ValueError(f"{path}: cannot be decoded. PyAV: {error}. decord: {refused}; {mend}") from None
+        if isinstance(error, BadFile):
+            raise
+        raise BadFile(path, f"cannot be decoded: PyAV: {error}; {not_decord}") from None
+    return frames, VideoInfo(num_frames, fps, *frames.shape[-2:], "pyav", not_decord)
 
 
-def video_index(path: str) -> tuple[int, float, bool]:
-    """Demux a file, decoding nothing: `(frames, frames per second, does decord find the right frames by seeking)`.
+def video_index(path: str) -> tuple[int, float, str | None]:
+    """Demux a file, decoding nothing: `(frames, frames per second, why decord would find wrong frames, if so)`.
 
     decord is silently wrong on open groups of pictures (frames that follow a key frame in the file and are shown
     before it: x265's default), on frames that an edit list hides, and in containers without an index (MPEG-PS).
@@ -989,7 +1061,7 @@ def video_index(path: str) -> tuple[int, float, bool]:
     """
     import av
 
-    total_frames, num_packets, seekable, key_time = 0, 0, True, None
+    num_frames, num_packets, key_time, why = 0, 0, None, None
     try:
         with av.open(path) as container:
             if not container.streams.video or container.format.name == "tty":  # FFmpeg draws .txt files as pictures
@@ -1001,18 +1073,20 @@ def video_index(path: str) -> tuple[int, float, bool]:
                 num_packets += packet.dts is not None
                 if not packet.size:
                     continue
-                total_frames += not packet.is_discard
+                num_frames += not packet.is_discard
                 if packet.is_keyframe:
                     key_time = packet.pts
-                leads = None not in (packet.pts, key_time) and packet.pts < key_time
-                seekable = seekable and not (leads or packet.is_discard)
+                if None not in (packet.pts, key_time) and packet.pts < key_time:
+                    why = "open groups of pictures"
+                if packet.is_discard:
+                    why = "an edit list"
             if format_name == "mov" and num_packets < stream.frames:
                 raise ValueError(f"cut short: {num_packets} of its {stream.frames} frames are there")
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{error}") from None
-    if not total_frames or not fps:
-        raise ValueError(f"{total_frames} frames at {fps} frames per second")
-    return total_frames, fps, seekable and format_name in ("mov", "matroska")
+    if not num_frames or not fps:
+        raise ValueError(f"{num_frames} frames at {fps} frames per second")
+    return num_frames, fps, why or (None if format_name in ("mov", "matroska") else f"format {format_name}")
 
 
 def _decode_in_order(path, indices):
@@ -1023,7 +1097,8 @@ def _decode_in_order(path, indices):
         with av.open(path) as container:
             for i, frame in enumerate(container.decode(video=0)):
                 if i in wanted:
-                    taken[i] = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # [height, width, 3]
+                    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # [height, width, 3]
+                    taken[i] = torch.rot90(pixels, frame.rotation // 90)
                 if len(taken) == len(wanted):
                     break
     except (av.FFmpegError, OSError) as error:
@@ -1035,11 +1110,89 @@ def _decode_in_order(path, indices):
     return torch.stack([taken[i] for i in indices]).permute(0, 3, 1, 2)
 
 
+class VideoCache:
+    """Decoded frames on disk: for each video a small index (JSON), and a safetensors file per frames and size.
+
+    Names are hashes of the file's identity (real path, size, modification time), so a changed file is another one.
+    Files are written aside and renamed: several processes and machines may share the folder. What cannot be read, or
+    has another checksum than when it was written, is made again. A full cache or disk only stops it growing.
+    """
+
+    def __init__(self, folder: str, room: float = math.inf):
+        self.folder, self.room = folder, room  # bytes that may still be added
+        self.real_folder = functools.lru_cache(4096)(os.path.realpath)
+
+    @staticmethod
+    def free_room(folder: str, limit_gb: float) -> float:
+        """Bytes that may be added: up to the limit in all, and at most a fifth of the free disk."""
+        folders = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
+        used = sum(entry.stat().st_size for sub in folders for entry in os.scandir(sub))
+        return max(0.0, min(limit_gb * 1e9 - used, shutil.disk_usage(folder).free / 5))
+
+    def identity(self, path: str) -> str:
+        """What stands for a file: the same as long as it is unchanged."""
+        path = os.path.abspath(path)
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(
+            self.real_folder(os.path.dirname(path)), os.path.basename(path))  # fmt: skip
+        status = os.stat(real)
+        return f"{real}\0{status.st_size}\0{status.st_mtime_ns}"
+
+    def _place(self, *key):
+        name = hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:40]
+        return os.path.join(self.folder, name[:2], name)
+
+    def info(self, identity: str, decoder: str) -> VideoInfo | None:
+        """The index of a video, if it has been decoded before."""
+        try:
+            with open(self._place(identity, decoder) + ".json", "rb") as file:
+                return VideoInfo(**json.loads(file.read()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def frames(self, identity: str, info: VideoInfo, indices: list[int], height: int, width: int):
+        """uint8 [F, 3, height, width] if they are kept and undamaged, else None."""
+        name = self._place(identity, info.decoder, *indices, height, width) + ".safetensors"
+        try:
+            with safe_open(name, "np") as file:
+                frames, checksum = file.get_tensor("frames"), file.metadata()["xxh3_64"]
+            if xxhash.xxh3_64_hexdigest(frames) == checksum:
+                return torch.from_numpy(frames)
+        except (OSError, SafetensorError, KeyError, TypeError):
+            pass
+        return None
+
+    def add(self, identity: str, decoder: str, info: VideoInfo, indices: list[int], frames: torch.Tensor):
+        """Keep frames [F, 3, height, width] and the index of their video."""
+        frames = frames.contiguous().numpy()
+        self.room -= frames.nbytes + 500
+        if self.room < 0:
+            return
+        metadata = {"xxh3_64": xxhash.xxh3_64_hexdigest(frames)}
+        place, index = (
+            self._place(identity, info.decoder, *indices, *frames.shape[-2:]),
+            self._place(identity, decoder),
+        )
+        contents = {f"{place}.safetensors": safetensors.numpy.save({"frames": frames}, metadata),
+                    f"{index}.json": json.dumps(dataclasses.asdict(info)).encode()}  # fmt: skip
+        for name, content in contents.items():
+            aside = f"{name}.{os.uname().nodename}.{os.getpid()}.aside"
+            try:
+                os.makedirs(os.path.dirname(name), mode=0o700, exist_ok=True)
+                with open(aside, "wb") as file:
+                    file.write(content)
+                os.rename(aside, name)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.remove(aside)
+                self.room = 0
+                return
+
+
 def read_image(path: str) -> Image.Image:
     """An image in RGB, transparent parts on white, as qwen_vl_utils reads it.
 
     Raises:
-        ValueError: not an image that Pillow can read.
+        BadFile: not an image that Pillow can read.
     """
     try:
         with Image.open(path) as image:
@@ -1049,7 +1202,7 @@ def read_image(path: str) -> Image.Image:
             background.paste(image, mask=image.split()[3])
             return background
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}; replace it or take it out") from None
+        raise BadFile(path, f"cannot be read as an image: {error}") from None
 
 
 def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -1063,30 +1216,43 @@ def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor
     return F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
 
 
-def load_clip(part: dict, folder: str, args, factor: int, limit: tuple[int, int, int] | None = None):
-    """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps)`.
+def load_clip(part: dict, folder: str, args, factor: int, limit=None, cache: VideoCache | None = None):
+    """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps, info)`.
 
-    `limit` is (frames, height, width) from fit_video_tokens; None: as the arguments and the part ask.
+    `limit` is (frames, height, width) from fit_video_tokens; None: as the arguments and the part ask. `info` is the
+    VideoInfo of a video that was decoded just now, else None.
 
     Raises:
-        ValueError: names the file and what is wrong with it.
+        BadFile: names the file and what is wrong with it.
     """
     at_most = limit and limit[0]
     paths = [resolve_path(path, folder) for path in part["files"]]
     if part["type"] == "video":
-        sampled_fps = None
+        path = paths[0]
 
-        def pick(total_frames, fps):
-            nonlocal sampled_fps
+        def pick(num_frames, fps):
+            nonlocal indices, sampled_fps
             try:
-                indices, sampled_fps = sample_frames(part, total_frames, fps, args, at_most)
+                indices, sampled_fps = sample_frames(part, num_frames, fps, args, at_most)
             except ValueError as error:
-                raise ValueError(f"{paths[0]}: {error}") from None
+                raise BadFile(path, str(error)) from None
             return indices
 
-        frames = read_video(paths[0], pick)  # [F, 3, h, w]
-        height, width = limit[1:] if limit else target_size(part, *frames.shape[-2:], len(frames), args, factor)
-        return resize_frames(frames, height, width), sampled_fps
+        def size(info):
+            return limit[1:] if limit else target_size(part, info.height, info.width, len(indices), args, factor)
+
+        indices = sampled_fps = None
+        identity = cache and cache.identity(path)
+        if cache and (info := cache.info(identity, args.video_decoder)):
+            pick(info.num_frames, info.fps)
+            frames = cache.frames(identity, info, indices, *size(info))
+            if frames is not None:
+                return frames, sampled_fps, None
+        frames, info = read_video(path, pick, args.video_decoder)  # [F, 3, h, w]
+        frames = resize_frames(frames, *size(info))
+        if cache and cache.room > 0:
+            cache.add(identity, args.video_decoder, info, indices, frames)
+        return frames, sampled_fps, info
     fps = part["fps"] or args.fps  # of a frame list: the rate at which its images were taken
     if at_most and at_most < len(paths):
         fps *= at_most / len(paths)
@@ -1095,24 +1261,23 @@ def load_clip(part: dict, folder: str, args, factor: int, limit: tuple[int, int,
     width, height = images[0].size
     height, width = limit[1:] if limit else target_size(part, height, width, len(images), args, factor)
     images = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]), fps
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]), fps, None
 
 
-def clip_shape(part: dict, folder: str, args, factor: int) -> tuple[int, int, int]:
+def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | None = None) -> tuple[int, int, int]:
     """(frames, height, width) that load_clip would give without a limit, decoding one frame at most."""
     paths = [resolve_path(path, folder) for path in part["files"]]
     if part["type"] != "video":
         width, height = read_image(paths[0]).size
         return len(paths), *target_size(part, height, width, len(paths), args, factor)
-    count = 0
-
-    def pick(total_frames, fps):
-        nonlocal count
-        count = len(sample_frames(part, total_frames, fps, args)[0])
-        return [0]
-
-    height, width = read_video(paths[0], pick).shape[-2:]
-    return count, *target_size(part, height, width, count, args, factor)
+    info = cache and cache.info(cache.identity(paths[0]), args.video_decoder)
+    if not info:
+        info = read_video(paths[0], lambda num_frames, fps: [0], args.video_decoder)[1]
+    try:
+        count = len(sample_frames(part, info.num_frames, info.fps, args)[0])
+    except ValueError as error:
+        raise BadFile(paths[0], str(error)) from None
+    return count, *target_size(part, info.height, info.width, count, args, factor)
 
 
 def visual_tokens(frames: int, height: int, width: int, factor: int) -> int:
@@ -1182,12 +1347,13 @@ class Encoder:
     Calling it with a record gives a dict of numpy arrays (T tokens, N clips, P patches):
       `input_ids`, `labels` int64 [T] (-100: not supervised), `position_ids` int64 [4, T] (text row first),
       `patches` uint8 [P, 1176], `video_grid_thw` int64 [N, 3], `lengths` [1], and `id`, `num_tokens`, `num_videos`,
-      `num_images`, `shrunk`.
+      `num_images`, `shrunk`, `bad` [(file, reason)], `not_decord` [(file, reason)].
     An image rides as a video of one temporal patch: one tower call serves both. A record with a list `completions`
     (each the turns of one answer) is a prompt, ends where the assistant begins, and gets them by add_suffixes.
     """
 
-    def __init__(self, model_path: str, args: TrainingArguments):
+    def __init__(self, model_path: str, args: TrainingArguments, room: float = 0, watch: int | None = None):
+        """`room`: bytes that it may add to the video cache; `watch`: see `watched`."""
         processor = AutoProcessor.from_pretrained(model_path, cache_dir=args.cache_dir)
         self.processor, self.tokenizer, self.args = processor, processor.tokenizer, args
         self.image_mean, self.image_std = processor.video_processor.image_mean, processor.video_processor.image_std
@@ -1197,6 +1363,8 @@ class Encoder:
         self.patch_size, self.merge_size = vision.patch_size, vision.spatial_merge_size
         self.factor = self.patch_size * self.merge_size
         self.rope = positions_only(self.config)
+        self.cache = VideoCache(args.video_cache, room) if args.video_cache else None
+        self.watch = watch
         self.end_of_turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
         self.vision_ids = self.tokenizer.convert_tokens_to_ids(names)
@@ -1245,34 +1413,82 @@ class Encoder:
                         break  # the newline after the end of the turn is the template's, not the model's
         return input_ids, labels
 
-    def clips(self, messages: list[dict], folder: str) -> tuple[list, list, list, bool]:
-        """Decode a sample's clips: (patches per clip, grids, seconds per temporal patch, did the budget bite)."""
-        parts = [part for message in messages for part in message["content"] if part["type"] != "text"]
-        shapes = limits = None
-        if self.args.max_video_tokens and parts:
-            shapes = [clip_shape(part, folder, self.args, self.factor) for part in parts]
-            limits = fit_video_tokens(shapes, self.args.max_video_tokens, self.factor)
-        patches, grids, seconds = [], [], []
-        for i, part in enumerate(parts):
-            frames, sampled_fps = load_clip(part, folder, self.args, self.factor, limits[i] if limits else None)
-            clip, grid = patchify(frames, self.patch_size, self.merge_size)
-            patches.append(clip)
-            grids.append(grid)
-            seconds.append(FRAME_FACTOR / sampled_fps)
-        return patches, grids, seconds, limits != shapes
+    def clips(self, parts: list[dict], folder: str, known_bad: dict[str, str]) -> list:
+        """Decode a sample's clips: for each part (patches, grid, seconds per temporal patch, VideoInfo) or a BadFile.
 
-    def __call__(self, record: dict, folder: str) -> dict:
-        """Encode one record whose relative paths start from `folder`.
+        `known_bad` has the files that are not tried (again), and why. Second value: did the budget bite.
+        """
+
+        def attempt(function, part, *args):
+            files = [os.path.join(folder, path) for path in part["files"]]
+            try:
+                for path in files:
+                    if path in known_bad:
+                        raise BadFile(path, known_bad[path])
+                with self.watched(files[0]):
+                    return function(part, folder, self.args, self.factor, *args, cache=self.cache)
+            except BadFile as error:
+                return error
+            except Exception as error:  # whatever a decoder may throw costs its file, not the run
+                return BadFile(files[0], f"{type(error).__name__}: {error}")
+
+        limits = shapes = None
+        if self.args.max_video_tokens and parts:
+            shapes = [attempt(clip_shape, part) for part in parts]
+            good = [shape for shape in shapes if not isinstance(shape, BadFile)]
+            fitted = iter(fit_video_tokens(good, self.args.max_video_tokens, self.factor))
+            limits = [shape if isinstance(shape, BadFile) else next(fitted) for shape in shapes]
+        clips = []
+        for i, part in enumerate(parts):
+            bad = limits and isinstance(limits[i], BadFile)
+            clip = limits[i] if bad else attempt(load_clip, part, limits[i] if limits else None)
+            if not isinstance(clip, BadFile):
+                frames, sampled_fps, info = clip
+                clip = *patchify(frames, self.patch_size, self.merge_size), FRAME_FACTOR / sampled_fps, info
+            clips.append(clip)
+        return clips, limits != shapes
+
+    @contextlib.contextmanager
+    def watched(self, path: str):
+        """Around the decoding of one file in a process of its own: which file it is, and an end to it if it hangs."""
+        if self.watch is None:
+            yield
+            return
+        os.pwrite(self.watch, path.encode().ljust(4096, b"\0"), 0)
+        signal.setitimer(signal.ITIMER_REAL, self.args.decode_timeout)  # the signal ends the process, whatever it does
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            os.pwrite(self.watch, b"\0", 0)
+
+    def __call__(self, record: dict, folder: str, known_bad: dict[str, str] | None = None) -> dict:
+        """Encode one record whose relative paths start from `folder`; `known_bad` {path: reason} is not tried.
 
         Raises:
-            ValueError: names the record and the file, or how far the sample exceeds --max_seq_length (if an error).
+            BadVideo: a video or image cannot be read, unless --on_bad_video leaves it or the sample out.
+            InputError: names the record and how far the sample exceeds --max_seq_length (if that is an error).
         """
         messages = record["messages"]
+        parts = [part for message in messages for part in message["content"] if part["type"] != "text"]
         try:
-            patches, grids, seconds, shrunk = self.clips(messages, folder)
-            (input_ids, labels), *suffixes = self.tokenize(messages, record.get("completions"))
+            clips, shrunk = self.clips(parts, folder, known_bad or {})
         except ValueError as error:
             raise InputError(f"record {record['id']}: {error}") from None
+        bad = [(clip.path, clip.reason) for clip in clips if isinstance(clip, BadFile)]
+        sample = {"id": record["id"], "shrunk": shrunk, "bad": bad, "num_tokens": 0, "num_videos": 0, "num_images": 0,
+                  "not_decord": [(part["files"][0], clip[3].not_decord) for part, clip in zip(parts, clips)
+                                 if not isinstance(clip, BadFile) and clip[3] and clip[3].not_decord]}  # fmt: skip
+        if bad:
+            if self.args.on_bad_video == "error":
+                raise BadVideo(record["id"], *bad[0])
+            if self.args.on_bad_video == "drop_sample" or len(bad) == len(parts):
+                return sample  # no input_ids: left out and counted
+            gone = {id(part) for part, clip in zip(parts, clips) if isinstance(clip, BadFile)}
+            messages = [{**m, "content": [part for part in m["content"] if id(part) not in gone]} for m in messages]
+            parts, clips = zip(*[(p, clip) for p, clip in zip(parts, clips) if not isinstance(clip, BadFile)])
+        patches, grids, seconds, _ = zip(*clips) if clips else ((), (), (), ())
+        (input_ids, labels), *suffixes = self.tokenize(messages, record.get("completions"))
         pads = [t * h * w // self.merge_size**2 for t, h, w in grids]
         placeholders = sum(token in self.vision_ids[2:] for token in input_ids)
         assert placeholders == len(pads), f"the chat template wrote {placeholders} placeholders for {len(pads)} clips"
@@ -1281,10 +1497,9 @@ class Encoder:
             count = next(clip) if token in self.vision_ids[2:] else 1
             ids += [self.config.video_token_id if token in self.vision_ids[2:] else token] * count
             targets += [target] * count
-        kinds = [part["type"] for message in messages for part in message["content"]]
+        num_images = sum(part["type"] == "image" for part in parts)
         num_tokens = len(ids) + sum(len(suffix) for suffix, _ in suffixes)
-        sample = {"id": record["id"], "num_tokens": num_tokens, "num_videos": len(grids) - kinds.count("image"),
-                  "num_images": kinds.count("image"), "shrunk": shrunk}  # fmt: skip
+        sample |= {"num_tokens": num_tokens, "num_videos": len(parts) - num_images, "num_images": num_images}
         longest = len(ids) + max((len(suffix) for suffix, _ in suffixes), default=0)
         if longest > self.args.max_seq_length:
             if self.args.on_long_sample == "error":
@@ -1465,7 +1680,7 @@ def _varlen(kernel, query, key, value, cu_q, cu_k, max_q, max_k, causal, scaling
 
 # The names must contain "flash": transformers then hands over lengths and builds no mask.
 for _kernel in ("sdpa", "varlen", "flash_attn"):
-    AttentionInterface.register(f"flash_packed_{_kernel}", partial(packed_attention, kernel=_kernel))
+    AttentionInterface.register(f"flash_packed_{_kernel}", functools.partial(packed_attention, kernel=_kernel))
 
 
 def use_packed_attention(model, kernel: str):
@@ -2034,24 +2249,46 @@ PREFETCH_BYTES = 2 << 30  # decoded samples that wait for the trainer, per proce
 class SampleStream:
     """Decodes records in worker processes, ahead of the trainer and in the order asked.
 
-    Workers are started by a fork server: 0.2 s each, without the trainer's CUDA context, and killable.
+    Workers are started by a fork server: 0.2 s each, without the trainer's CUDA context, and killable. A file that
+    hangs, crashes its worker or eats its memory costs that file only. Every bad file goes into bad_videos.jsonl; those
+    found there are not tried again (unless --on_bad_video is error, or they have changed since).
     """
 
     def __init__(self, encoder: Encoder, args: TrainingArguments):
-        self.encoder, self.pool, self.num_workers = encoder, None, args.dataloader_num_workers
+        self.encoder, self.args, self.pool, self.num_workers = encoder, args, None, args.dataloader_num_workers
         self.sample_bytes = 0  # of the largest sample so far
+        self.bad_path = Path(args.output_dir) / "bad_videos.jsonl"
+        self.bad, self.told = {}, set()  # bad files and why; (record, file) pairs and files that were told of
+        for line in self.bad_path.read_text(encoding="utf-8").splitlines() if self.bad_path.is_file() else []:
+            with contextlib.suppress(ValueError):  # a torn last line
+                row = json.loads(line)
+                if row["state"] == _file_state(row["file"]):
+                    self.told.add((row["record"], row["file"]))
+                    if args.on_bad_video != "error":
+                        self.bad[row["file"]] = row["reason"]
+        room = VideoCache.free_room(args.video_cache, args.video_cache_limit_gb) if args.video_cache else 0
+        room /= max(1, self.num_workers) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if not self.num_workers and encoder.cache:
+            encoder.cache.room = room
         if self.num_workers:
+            self.watch_folder = tempfile.TemporaryDirectory(prefix="multivideo-")
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["__main__", __name__])
             self.pool = pebble.ProcessPool(
-                self.num_workers, context=context, initializer=_start_worker, initargs=(args.model_id, args)
-            )
+                self.num_workers, context=context, initializer=_start_worker,
+                initargs=(args.model_id, args, room, self.watch_folder.name),
+            )  # fmt: skip
+
+    def _schedule(self, row, folder):
+        files = [os.path.join(folder, path) for path in record_files(row)] if self.bad else []
+        known_bad = {path: self.bad[path] for path in files if path in self.bad}
+        return self.pool.schedule(_encode, args=(row, folder, known_bad))
 
     def batches(self, records: Dataset, index_lists, folder: str):
         """Yield the encoded samples of each list of record indices, decoding further lists meanwhile."""
         if self.pool is None:
             for indices in index_lists:
-                yield [self.encoder(records[i], folder) for i in indices]
+                yield [self._tell(functools.partial(self.encoder, records[i], folder, self.bad)) for i in indices]
             return
         waiting, in_flight, index_lists = deque(), 0, iter(index_lists)
         try:
@@ -2062,11 +2299,11 @@ class SampleStream:
                     if indices is None:
                         break
                     rows = [records[i] for i in indices]
-                    waiting.append([(row, self.pool.schedule(_encode, args=(row, folder))) for row in rows])
+                    waiting.append([(row, self._schedule(row, folder)) for row in rows])
                     in_flight += len(rows)
                 if not waiting:
                     return
-                samples = [self._result(row, future) for row, future in waiting.popleft()]
+                samples = [self._result(row, folder, future) for row, future in waiting.popleft()]
                 in_flight -= len(samples)
                 yield samples
         finally:
@@ -2088,35 +2325,106 @@ class SampleStream:
             window, seen, count = waiting.popleft()
             yield window, seen, [first, *itertools.islice(batches, count - 1)]
 
-    def _result(self, row, future):
+    def _result(self, row, folder, future):
+        """The encoded sample; a worker that died of a file is replaced, and the record done again without it."""
+        for _ in range(len(record_files(row)) + 2):
+            try:
+                sample = self._tell(future.result)
+            except pebble.ProcessExpired as error:
+                died = DEATHS.get(-error.exitcode, f"ended its decoding process (exit code {error.exitcode})")
+                path = Path(self.watch_folder.name) / str(error.pid)
+                file = path.read_bytes().split(b"\0")[0].decode() if path.is_file() else ""
+                path.unlink(missing_ok=True)
+                if file and -error.exitcode not in STOP_SIGNALS:
+                    self.bad[file] = died.format(timeout=f"{self.args.decode_timeout:g}")
+                future = self._schedule(row, folder)
+                continue
+            size = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
+            self.sample_bytes = max(self.sample_bytes, size)
+            return sample
+        raise InputError(f"record {row['id']}: the process that encodes it dies again and again ({died}), but of none "
+                         f"of its files: is there enough memory?")  # fmt: skip
+
+    def _tell(self, result):
+        """Pass a sample on, and say of which files it came without and which needed the second decoder."""
+        bad, record, not_decord = [], None, []
         try:
-            sample = future.result()
-        except pebble.ProcessExpired as error:
-            files = record_files(row)
-            raise InputError(f"record {row['id']}: the process that decoded it died (exit code {error.exitcode}): "
-                             f"one of its files is harmful: {', '.join(files)}") from None  # fmt: skip
-        self.sample_bytes = max(self.sample_bytes, sum(v.nbytes for v in sample.values() if isinstance(v, np.ndarray)))
-        return sample
+            sample = result()
+            bad, record, not_decord = sample["bad"], sample["id"], sample["not_decord"]
+            return sample
+        except BadVideo as error:
+            bad, record = [(error.path, error.reason)], error.record
+            raise
+        finally:
+            for file, reason in bad:
+                self.bad.setdefault(file, reason)
+                if (record, file) not in self.told:
+                    self.told.add((record, file))
+                    action = self.args.on_bad_video
+                    row = {"file": file, "reason": reason, "record": record, "action": action}
+                    append_jsonl(self.bad_path, row | {"state": _file_state(file)})
+                    if action != "error":
+                        tqdm.write(f"bad file, {action}: record {record}: {file}: {reason}", sys.stderr)
+            for file, reason in not_decord:
+                if file not in self.told and reason != "--video_decoder":
+                    self.told.add(file)
+                    tqdm.write(f"decoded by PyAV: {file}: {reason}", sys.stderr)
 
     def close(self):
         """Stop the workers."""
         if self.pool is not None:
             self.pool.stop()
             self.pool.join()
+            self.watch_folder.cleanup()
+
+
+DEATHS = {
+    signal.SIGALRM: "took longer than {timeout} s to decode (--decode_timeout)",
+    signal.SIGKILL: "its decoding process was killed (out of memory?)",
+    signal.SIGSEGV: "crashed its decoding process (segmentation fault)",
+}
+MIN_VIDEOS = 1000  # --max_bad_ratio counts from here: a single early one is no share yet
+
+
+def check_bad_ratio(accelerator: Accelerator, args: TrainingArguments, state: dict, counts: dict):
+    """Add a step's videos to the state and end the run when too many of them were bad; every process must call it."""
+    state["bad_videos"] += counts["bad_videos"]
+    state["all_videos"] += counts["videos"] + counts["images"] + counts["bad_videos"]
+    if state["bad_videos"] > args.max_bad_ratio * max(state["all_videos"], MIN_VIDEOS):
+        path = Path(args.output_dir) / "bad_videos.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()[:5] if path.is_file() else []  # another node's, else
+        shown = [f"\n  • {row['file']}: {row['reason']}" for row in map(json.loads, lines)]
+        stop_all(accelerator, f"{state['bad_videos']} of {state['all_videos']} videos and images so far could not be "
+                 f"read: more than --max_bad_ratio {args.max_bad_ratio:g} allows. The first:{''.join(shown)}\n"
+                 f"All are in {path}. Mend them, or raise --max_bad_ratio; if they are fine again (a disk that was "
+                 "away), delete that file. Then --resume_from_checkpoint auto")  # fmt: skip
+
+
+def _file_state(path):
+    """Size and time of change, None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 _encoder = None  # of a decoding process
 
 
-def _start_worker(model_path, args):
+def _start_worker(model_path, args, room, watch_folder):
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # sent to all, they are the trainer's to answer
+    for number in (signal.SIGALRM, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
-    _encoder = Encoder(model_path, args)
+    watch = os.open(os.path.join(watch_folder, str(os.getpid())), os.O_CREAT | os.O_RDWR, 0o600)
+    _encoder = Encoder(model_path, args, room, watch)
 
 
-def _encode(record, folder):
-    return _encoder(record, folder)
+def _encode(record, folder, known_bad):
+    return _encoder(record, folder, known_bad)
 
 
 # ---------------------------------------------------------------------------------------------------- 9. checkpoints
@@ -2189,7 +2497,7 @@ def save_checkpoint(output_dir: str, engine: Engine, processor, state: dict):
     """
     final = Path(output_dir) / f"checkpoint-{state['step']}"
     aside, accelerator = final.with_name(f".{final.name}.aside"), engine.accelerator
-    writing = partial(all_or_none, accelerator, f"{final} cannot be written")
+    writing = functools.partial(all_or_none, accelerator, f"{final} cannot be written")
     weights = engine.full_state()
     with writing():
         if accelerator.is_main_process:
@@ -2385,10 +2693,10 @@ def prune_checkpoints(output_dir: str, keep: int | None, best: str | None):
 
 
 def describe_run(
-    args: TrainingArguments, model, encoder: Encoder, records: Dataset, total_steps: int, world_size: int
+    args: TrainingArguments, model, stream: SampleStream, records: Dataset, total_steps: int, world_size: int
 ):
     """Print what was asked and what was got: batch arithmetic, trainable parameters, sizes, frames and tokens."""
-    rows = args.gradient_accumulation_steps
+    encoder, rows = stream.encoder, args.gradient_accumulation_steps
     per_step = args.per_device_train_batch_size * rows * world_size
     counts = dict.fromkeys(("vision", "merger", "llm"), 0)
     for name, parameter in model.named_parameters():
@@ -2411,10 +2719,11 @@ def describe_run(
     else:
         floor = f"{args.min_frames} below {(args.min_frames + FRAME_FACTOR) / args.fps:g} s (--min_frames)"
         frames = f"{args.fps:g} per second of video, {floor}, at most {args.max_frames}"
-    first = encoder(records[0], args.image_folder)
+    ((first,),) = stream.batches(records, [[0]], args.image_folder)
     visual = (
         sum(t * h * w for t, h, w in first["video_grid_thw"]) // encoder.merge_size**2 if "input_ids" in first else "?"
     )
+    cache = f"{args.video_cache}, at most {args.video_cache_limit_gb:g} GB" if args.video_cache else "none"
     arithmetic = f"{args.per_device_train_batch_size} samples × {rows} rows × {world_size} processes"
     say(f"""  records    {len(records)}, {per_step} per step = {arithmetic}
   steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
@@ -2422,6 +2731,7 @@ def describe_run(
   video      {size}
   frames     {frames}
   sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual
+  cache      {cache}
   output     {args.output_dir}""")  # fmt: skip
 
 

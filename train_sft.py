@@ -111,8 +111,9 @@ def main():
 
     # ---- resume: `state` is everything that is not a tensor
     state = {
-        "step": 0, "samples_seen": 0, "bad_steps": 0, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
-        "eval_due": False, "save_due": False, "run": mv.run_identity(args, encoder, records, samples_per_step),
+        "step": 0, "samples_seen": 0, "bad_steps": 0, "bad_videos": 0, "all_videos": 0, "eval_due": False,
+        "save_due": False, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
+        "run": mv.run_identity(args, encoder, records, samples_per_step),
     }  # fmt: skip
     if resumed:
         state = mv.restore_checkpoint(resumed, engine, state)
@@ -125,7 +126,7 @@ def main():
         names = {"wandb": {"name": args.run_name}} if args.run_name else {}
         accelerator.init_trackers(output_dir.name, config, names)
     if is_main:
-        mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
+        mv.describe_run(args, raw_model, stream, records, total_steps, world_size)
 
     # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
     windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"])
@@ -173,12 +174,14 @@ def main():
             "shrunk_samples": sum(sample["shrunk"] for sample in kept),
             "videos": sum(sample["num_videos"] for sample in kept),
             "images": sum(sample["num_images"] for sample in kept),
+            "bad_videos": sum(len(sample["bad"]) for sample in encoded),
             "tokens": sum(sample["num_tokens"] for sample in kept),
             "supervised_tokens": sum(len(targets) for _, targets, _ in packed),
         }
         counts, stop = mv.exchange(accelerator, state, window, counts, caught)
         if stop:
             break
+        mv.check_bad_ratio(accelerator, args, state, counts)
         window_tokens = max(counts["supervised_tokens"], 1)
 
         # ---- forward, backward, step

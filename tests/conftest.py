@@ -23,6 +23,7 @@ def private_caches(tmp_path_factory):
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    os.environ["MULTIVIDEO_CACHE"] = str(tmp_path_factory.mktemp("video_cache"))
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,11 @@ class GlooFSDP2:
     def get_state_dict(self, model):
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
+    def gather(self, tensor):
+        parts = [torch.empty_like(tensor) for _ in range(self.num_processes)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
     @contextlib.contextmanager
     def no_sync(self, model):
         model.set_requires_gradient_sync(False)

@@ -151,8 +151,8 @@ def test_video_equals_reference(folder, processors, name):
         (video, _), sampled_fps = reference.fetch_video(ele, return_video_sample_fps=True, return_video_metadata=True)
         indices, _ = mv.sample_frames(part, len(reader), reader.get_avg_fps(), args)
         assert indices == metadata["frames_indices"], (flags, item)
-        assert torch.equal(mv.read_video(path, lambda *_, taken=indices: taken), raw)
-        frames, fps = mv.load_clip(part, folder, args, 28)
+        assert torch.equal(mv.read_video(path, lambda *_, taken=indices: taken)[0], raw)
+        frames, fps, _ = mv.load_clip(part, folder, args, 28)
         assert frames.dtype == torch.uint8 and frames.shape == video.shape, (flags, item)
         assert fps == sampled_fps == VideoMetadata(**metadata).sampled_fps
         largest, mean, _ = difference(frames, video)
@@ -252,7 +252,7 @@ def test_short_clips(folder, tiny_model, processors, count):
     args = mv.TrainingArguments(nframes=16, **PIXELS)
     with pytest.raises(ValueError):
         reference._read_video_decord({"video": path, "nframes": 16})
-    frames, fps = mv.load_clip(part_of(path), "", args, 28)
+    frames, fps, _ = mv.load_clip(part_of(path), "", args, 28)
     expected = max(1, count // 2 * 2)
     assert len(frames) == expected and fps == expected / count * decord.VideoReader(path).get_avg_fps()
     patches, grid = mv.patchify(frames, 14, 2)
@@ -280,9 +280,9 @@ def test_real_clips(path):
     for width, height in ((56, 56), (224, 140), (364, 308)):
         ele = {"video": str(path), "nframes": 6, "resized_width": width, "resized_height": height}
         raw, metadata, _ = reference._read_video_decord(ele)
-        assert torch.equal(mv.read_video(str(path), lambda *_, m=metadata: m["frames_indices"]), raw)
+        assert torch.equal(mv.read_video(str(path), lambda *_, m=metadata: m["frames_indices"])[0], raw)
         video = reference.fetch_video(ele)
-        frames, _ = mv.load_clip(part_of(ele), "", mv.TrainingArguments(), 28)
+        frames, _, _ = mv.load_clip(part_of(ele), "", mv.TrainingArguments(), 28)
         largest, mean, share = difference(frames, video)
         assert mean <= 0.25 and share <= 1e-4 and largest <= 10, (largest, mean, share)
         passes = raw.float()
@@ -335,9 +335,9 @@ def test_pyav_equals_decord(folder, name, monkeypatch):
         asked.append(found)
         return every_third(*found)
 
-    by_decord = mv.read_video(path, pick)
+    by_decord = mv.read_video(path, pick)[0]
     monkeypatch.setitem(sys.modules, "decord", None)  # as if it were not installed
-    assert torch.equal(mv.read_video(path, pick), by_decord)
+    assert torch.equal(mv.read_video(path, pick)[0], by_decord)
     assert asked[0] == asked[1] and asked[0][0] == CLIPS[name][2]
     assert torch.equal(by_decord.permute(0, 2, 3, 1), in_order(path)[every_third(*asked[0])])
 
@@ -388,7 +388,7 @@ def test_files_that_seeking_gets_wrong(tmp_path, name):
         lambda n, fps: torch.linspace(0, n - 1, 6).round().long().tolist(),
         lambda n, fps: [n // 2],
     ):
-        frames = mv.read_video(str(tmp_path / name), pick)
+        frames, _ = mv.read_video(str(tmp_path / name), pick)
         assert torch.equal(frames.permute(0, 2, 3, 1), every[pick(shown, None)])
 
 
@@ -398,7 +398,7 @@ def test_edit_list(tmp_path):
     remux(tmp_path / "whole.mp4", tmp_path / "cut.mp4", cut_seconds=Fraction(7, 25))
     every = in_order(tmp_path / "cut.mp4")
     assert len(every) == 43 and torch.equal(every, in_order(tmp_path / "whole.mp4")[7:])
-    frames = mv.read_video(str(tmp_path / "cut.mp4"), every_third)
+    frames, _ = mv.read_video(str(tmp_path / "cut.mp4"), every_third)
     assert torch.equal(frames.permute(0, 2, 3, 1), every[every_third(43, 25)])
 
 
@@ -444,7 +444,7 @@ def test_bad_files(folder, tiny_model, tmp_path, kind):
     """One ValueError that names the record, the file and the mend, and no hang."""
     path = tmp_path / (kind if "." in kind else f"{kind}.mp4")
     damage(path, os.path.join(folder, "exact-56.mp4"), kind)
-    mend = "paths start from --image_folder|give a video or image file|make the file again"
+    mend = "Mend the file, take it out"
     for video in (["sixty.mp4", str(path)], [{"video": str(path), "nframes": 30}]):
         encoder = mv.Encoder(tiny_model, mv.TrainingArguments(nframes=12, **PIXELS))
         record = mv.normalize_conversation({"id": "r7", "video": video, "messages": TALK}, "line 3")
@@ -466,9 +466,7 @@ def test_bad_images(folder, tiny_model, tmp_path, kind):
     encoder = mv.Encoder(tiny_model, mv.TrainingArguments(**PIXELS))
     for media in ({"image": ["RGB.png", str(path)]}, {"video": [{"video": ["RGB.png", str(path)]}]}):
         record = mv.normalize_conversation({"id": "r8", **media, "messages": TALK}, "line 3")
-        with pytest.raises(
-            ValueError, match=f"^record r8: .*{kind}.*(replace it|image_folder|give a video or image)"
-        ) as e:
+        with pytest.raises(ValueError, match=f"^record r8: .*{kind}.*Mend the file, take it out") as e:
             encoder(record, folder)
         assert NO_FILE.get(kind, "cannot be read as an image") in str(e.value)
 
@@ -685,7 +683,7 @@ def test_images_equal_reference(folder, name):
         ({"image_resized_width": 100, "image_resized_height": 64}, {"resized_width": 30, "resized_height": 80}),
     ]:  # fmt: skip
         args = mv.TrainingArguments(**flags)
-        frames, _ = mv.load_clip(part_of({"image": path, **item}, "image"), "", args, 28)
+        frames, _, _ = mv.load_clip(part_of({"image": path, **item}, "image"), "", args, 28)
         ele = {"image": path, "min_pixels": args.image_min_pixels, "max_pixels": args.image_max_pixels}
         if args.image_resized_width:
             ele |= {"resized_width": args.image_resized_width, "resized_height": args.image_resized_height}
@@ -708,7 +706,7 @@ def test_frame_lists_equal_reference(folder, processors, count, monkeypatch):
         ({"video_resized_width": 100, "video_resized_height": 64}, {}), (PIXELS, {"max_pixels": 1600}),
     ]:  # fmt: skip
         args = mv.TrainingArguments(**flags)
-        frames, fps = mv.load_clip(part_of({"video": paths, **item}), "", args, 28)
+        frames, fps, _ = mv.load_clip(part_of({"video": paths, **item}), "", args, 28)
         ele = {"video": paths, **reference_options(args, item), "sample_fps": item.get("fps", args.fps)}
         (theirs, metadata), sampled_fps = reference.fetch_video(
             ele, return_video_sample_fps=True, return_video_metadata=True

@@ -39,7 +39,7 @@ def answer(model_path: str, rows: list[dict], folder: str, args, batch_size: int
                 if part["type"] == "video":
                     path = part["files"][0]
                     if path not in clips:
-                        clips[path] = mv.load_clip(part, folder, args, factor)
+                        clips[path] = mv.load_clip(part, folder, args, factor)[:2]
                     frames, fps = clips[path]
                     videos.append(frames)
                     metadata.append(
