@@ -14,7 +14,7 @@ demo: .venv/run.done
 	$(BIN)/python tools/show_demo.py demo
 
 test: .venv/dev.done lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

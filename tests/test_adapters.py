@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from merge_lora import merge
 from reference import hf_inputs, hf_loss, write_clip
 from safetensors.torch import load_file, save_file
 from test_train import in_process, metrics
@@ -218,12 +219,35 @@ def test_adapter(case, tiny_model, tied_model, tiny_qwen2_vl, records, data, pro
     if args.lora_bias == "none":  # the model without its adapter: what DPO and GRPO take as the reference
         with model.disable_adapter():
             torch.testing.assert_close(reference(model), base_logits, rtol=0, atol=1e-5)
-    if args.bits == 16:  # merging into quantised weights rounds: merge into the plain model instead
-        merged = loaded.merge_and_unload()
-        torch.testing.assert_close(reference(merged), expected, rtol=0, atol=1e-4)
-        merged.save_pretrained(tmp_path / "merged")
-        merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(reference(merged), expected, rtol=0, atol=1e-4)
+    # merged: a plain checkpoint; a QLoRA adapter goes into the 16-bit base
+    unmerged = expected
+    if args.bits < 16:
+        plain_base = AutoModelForImageTextToText.from_pretrained(model_path)
+        unmerged = reference(peft.PeftModel.from_pretrained(plain_base, tmp_path))
+    assert merge(str(tmp_path), str(tmp_path / "merged")) < 1e-5
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(reference(merged), unmerged, rtol=0, atol=1e-5)
+    AutoProcessor.from_pretrained(tmp_path / "merged")
+
+
+def test_merge_refuses(tiny_model, tmp_path):
+    """A full model, a folder of something else, an output that exists, a base that went away or is another one."""
+    for folder, found in ((tiny_model, "a full model"), (tmp_path, "no adapter_config.json")):
+        with pytest.raises(mv.InputError, match=f"--model_id {folder}: {found}"):
+            merge(folder, str(tmp_path / "merged"))
+    model = mv.load_model(arguments(tiny_model, **FROZEN), "cpu")
+    mv.save_model(model, AutoProcessor.from_pretrained(tiny_model), tmp_path / "adapter")
+    with pytest.raises(mv.InputError, match="exists: name a new folder"):
+        merge(str(tmp_path / "adapter"), str(tmp_path))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(tiny_model, "/nowhere"))
+    with pytest.raises(mv.InputError, match="/nowhere is not there any more: say where with --base_model_id"):
+        merge(str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file({k: v + torch.nan for k, v in weights.items()}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(mv.InputError, match="merging changes a logit by nan"):
+        merge(str(tmp_path / "adapter"), str(tmp_path / "merged"), base_model_id=tiny_model)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("exclude", [None, "['lm_head']", "['embed_tokens']"])

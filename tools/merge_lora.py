@@ -1,0 +1,96 @@
+"""Merge an adapter into its base model: a plain checkpoint that needs neither peft nor the base model any more.
+
+    python tools/merge_lora.py --model_id out --output_path merged
+
+`--model_id` is what train_*.py wrote: LoRA, DoRA or QLoRA, with whatever was trained beside it (tower, merger, head).
+A QLoRA adapter goes into the 16-bit base. Layers are merged one after the other in place, so that the weights are held
+once: 7B in bf16 are 17 GB. Logits of a text and a video are compared before and after; nothing is written if they
+differ by more than the precision of the weights explains.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import peft
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import multivideo as mv
+
+# Largest difference of two logits over their standard deviation: rounding of the merged weights, with room to spare.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@torch.no_grad()
+def probe_logits(model, processor) -> torch.Tensor:
+    """float32 [T, V]: next-token logits of a fixed text with one video of noise."""
+    factor = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
+    video = torch.randint(256, (2, 3, factor, factor), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    content = [{"type": "video"}, {"type": "text", "text": "What does this video show? Answer in one sentence."}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    metadata = {"fps": 2.0, "total_num_frames": 2, "frames_indices": [0, 1]}
+    inputs = processor(text=[text], videos=[video], video_metadata=[metadata], do_resize=False, do_sample_frames=False,
+                       return_tensors="pt")  # fmt: skip
+    return model(**inputs, use_cache=False).logits[0].float()
+
+
+def merge(model_id: str, output_path: str, base_model_id: str | None = None, dtype: str = "auto") -> float:
+    """Write the merged model and its processor to `output_path`; returns the largest relative change of a logit.
+
+    Raises:
+        InputError: not an adapter, a base model that is not there, an output that exists, or logits that change.
+    """
+    adapter, final = Path(model_id), Path(output_path)
+    config_path = adapter / "adapter_config.json"
+    if not config_path.is_file():
+        has_model = (adapter / "config.json").is_file()
+        found = "a full model, which needs no merging" if has_model else "no adapter_config.json there"
+        raise mv.InputError(
+            f"--model_id {adapter}: {found}; expected the --output_dir of a run with --lora_enable True"
+        )
+    if final.exists():
+        raise mv.InputError(f"--output_path {final} exists: name a new folder")
+    base = base_model_id or json.loads(config_path.read_text())["base_model_name_or_path"]
+    if os.path.isabs(base) and not Path(base).is_dir():
+        raise mv.InputError(f"the adapter's base model {base} is not there any more: say where with --base_model_id")
+    processor = AutoProcessor.from_pretrained(adapter)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype).eval()
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    print(f"{base}: {size / 1e9:.2f} GB in {str(model.dtype).removeprefix('torch.')}", file=sys.stderr)
+    model = peft.PeftModel.from_pretrained(model, adapter)
+    before = probe_logits(model, processor)
+    model = model.merge_and_unload(progressbar=True)
+    after = probe_logits(model, processor)
+    change = float((after - before).abs().max() / before.std())
+    if not change <= TOLERANCE[model.dtype]:  # NaN is refused too
+        raise mv.InputError(f"merging changes a logit by {change:.2g} of their standard deviation, and rounding to "
+                            f"{str(model.dtype).removeprefix('torch.')} explains only {TOLERANCE[model.dtype]:g}: "
+                            "nothing was written; --dtype float32 rounds less")  # fmt: skip
+    aside = final.with_name(f".{final.name}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, max_shard_size="2GB")
+    processor.save_pretrained(aside)
+    os.rename(aside, final)
+    print(f"{final}: merged; the largest change of a logit is {change:.2g} of their standard deviation")
+    return change
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_id", required=True, help="folder of the adapter: a run's --output_dir")
+    parser.add_argument("--output_path", required=True, help="new folder for the merged model")
+    parser.add_argument("--base_model_id", help="base model (default: the one that the adapter names)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="type of the merged weights (default: the base model's)",
+    )  # fmt: skip
+    merge(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    mv.run(main)
