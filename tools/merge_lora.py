@@ -75,6 +75,10 @@ def merge(model_id: str, output_path: str, base_model_id: str | None = None, dty
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside, max_shard_size="2GB")
     processor.save_pretrained(aside)
+    for run in (adapter / "arguments.json", adapter.parent / "arguments.json"):
+        if run.is_file():  # the sizes and the system prompt that it was trained with, for predict.py
+            shutil.copy(run, aside)
+            break
     os.rename(aside, final)
     print(f"{final}: merged; the largest change of a logit is {change:.2g} of their standard deviation")
     return change
