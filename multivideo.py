@@ -10,7 +10,9 @@ tokens, H attention heads, D head dimension.
 
 import argparse
 import ast
+import atexit
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -24,23 +26,25 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zlib
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import ijson
 import numpy as np
-import pebble
 import safetensors.numpy
 import torch
 import torch.nn.functional as F
@@ -362,7 +366,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
              "--system_prompt has a control token such as <|im_end|>: take it out")  # fmt: skip
     home = os.environ.get("HF_HOME", "")
     folder = args.video_cache or os.environ.get("MULTIVIDEO_CACHE") or (home and os.path.join(home, "multivideo"))
-    args.video_cache = None if folder.lower() == "none" else os.path.expanduser(folder or "~/.cache/multivideo")
+    folder = os.path.abspath(os.path.expanduser(folder or "~/.cache/multivideo")) if folder.lower() != "none" else None
+    args.video_cache = folder
     if args.video_cache:
         try:
             os.makedirs(args.video_cache, mode=0o700, exist_ok=True)
@@ -904,8 +909,9 @@ def resolve_path(path: str, folder: str) -> str:
     path = os.path.join(folder, path)
     try:
         mode = os.stat(path).st_mode
-    except OSError as error:
-        raise BadFile(path, f"{error.strerror or error}; paths start from --image_folder {folder}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadFile(path, f"{reason}; paths start from --image_folder {folder}") from None
     if not stat.S_ISREG(mode):
         raise BadFile(path, "not a regular file (a folder, pipe or device): give a video or image file")
     return path
@@ -1034,13 +1040,15 @@ def read_video(path: str, pick, decoder: str = "decord") -> tuple[torch.Tensor, 
     if not_decord is None:
         try:
             reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-4)
-            length, rate = len(reader), reader.get_avg_fps()
-            indices = pick(length, rate)
-            frames = reader.get_batch(indices).asnumpy()  # [F, height, width, 3]
+            if len(reader) != num_frames:
+                raise RuntimeError(f"finds {len(reader)} frames, not {num_frames}")
+            rate = reader.get_avg_fps()
+            frames = reader.get_batch(pick(num_frames, rate)).asnumpy()  # [F, height, width, 3]
             frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
-            return frames, VideoInfo(length, rate, *frames.shape[-2:], "decord")
+            return frames, VideoInfo(num_frames, rate, *frames.shape[-2:], "decord")
         except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
-            not_decord = f"decord: {str(error).strip().splitlines()[0] if str(error).strip() else 'AssertionError'}"
+            lines = str(error).strip().splitlines()
+            not_decord = f"decord: {lines[0] if lines else type(error).__name__}"
     try:
         frames = _decode_in_order(path, pick(num_frames, fps))
     except ValueError as error:
@@ -1098,7 +1106,7 @@ def _decode_in_order(path, indices):
             for i, frame in enumerate(container.decode(video=0)):
                 if i in wanted:
                     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # [height, width, 3]
-                    taken[i] = torch.rot90(pixels, frame.rotation // 90)
+                    taken[i] = torch.rot90(pixels, round(frame.rotation / 90))
                 if len(taken) == len(wanted):
                     break
     except (av.FFmpegError, OSError) as error:
@@ -1118,73 +1126,85 @@ class VideoCache:
     has another checksum than when it was written, is made again. A full cache or disk only stops it growing.
     """
 
-    def __init__(self, folder: str, room: float = math.inf):
-        self.folder, self.room = folder, room  # bytes that may still be added
+    def __init__(self, folder: str, room=None):
+        """`room`: a ctypes double, the bytes that may still be added by all who share it; without it, nothing is."""
+        self.folder, self.room = folder, room or ctypes.c_double(0)
         self.real_folder = functools.lru_cache(4096)(os.path.realpath)
 
     @staticmethod
     def free_room(folder: str, limit_gb: float) -> float:
-        """Bytes that may be added: up to the limit in all, and at most a fifth of the free disk."""
-        folders = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
-        used = sum(entry.stat().st_size for sub in folders for entry in os.scandir(sub))
-        return max(0.0, min(limit_gb * 1e9 - used, shutil.disk_usage(folder).free / 5))
+        """Bytes that may be added: to the limit in all, or to a fifth of what the disk could give the cache."""
+        used = 0
+        for sub in [entry.path for entry in os.scandir(folder) if entry.is_dir()]:
+            for entry in os.scandir(sub):
+                with contextlib.suppress(OSError):  # another process has renamed it
+                    status = entry.stat()
+                    if entry.name.endswith(".aside") and status.st_mtime < time.time() - 3600:  # of a killed process
+                        os.remove(entry)
+                    else:
+                        used += status.st_size
+        return max(0.0, min(limit_gb * 1e9, (used + shutil.disk_usage(folder).free) / 5) - used)
 
     def identity(self, path: str) -> str:
         """What stands for a file: the same as long as it is unchanged."""
         path = os.path.abspath(path)
         real = os.path.realpath(path) if os.path.islink(path) else os.path.join(
             self.real_folder(os.path.dirname(path)), os.path.basename(path))  # fmt: skip
-        status = os.stat(real)
+        status = os.stat(path)
         return f"{real}\0{status.st_size}\0{status.st_mtime_ns}"
 
     def _place(self, *key):
-        name = hashlib.sha256("\0".join(map(str, key)).encode()).hexdigest()[:40]
+        name = hashlib.sha256(os.fsencode("\0".join(map(str, key)))).hexdigest()[:40]
         return os.path.join(self.folder, name[:2], name)
 
     def info(self, identity: str, decoder: str) -> VideoInfo | None:
         """The index of a video, if it has been decoded before."""
         try:
             with open(self._place(identity, decoder) + ".json", "rb") as file:
-                return VideoInfo(**json.loads(file.read()))
+                content, checksum = file.read().rsplit(b"\n", 1)
+            if xxhash.xxh3_64_hexdigest(content).encode() == checksum:
+                return VideoInfo(**json.loads(content))
         except (OSError, ValueError, TypeError):
-            return None
+            pass
+        return None
 
     def frames(self, identity: str, info: VideoInfo, indices: list[int], height: int, width: int):
         """uint8 [F, 3, height, width] if they are kept and undamaged, else None."""
-        name = self._place(identity, info.decoder, *indices, height, width) + ".safetensors"
         try:
-            with safe_open(name, "np") as file:
-                frames, checksum = file.get_tensor("frames"), file.metadata()["xxh3_64"]
-            if xxhash.xxh3_64_hexdigest(frames) == checksum:
+            with open(self._place(identity, info.decoder, *indices, height, width) + ".safetensors", "rb") as file:
+                kept = safetensors.numpy.load(file.read())  # read, not mapped: a bad disk then raises instead of kills
+            frames, checksum = kept["frames"], kept["xxh3_64"]
+            if frames.shape == (len(indices), 3, height, width) and xxhash.xxh3_64_intdigest(frames) == checksum[0]:
                 return torch.from_numpy(frames)
-        except (OSError, SafetensorError, KeyError, TypeError):
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, MemoryError):
             pass
         return None
 
     def add(self, identity: str, decoder: str, info: VideoInfo, indices: list[int], frames: torch.Tensor):
         """Keep frames [F, 3, height, width] and the index of their video."""
         frames = frames.contiguous().numpy()
-        self.room -= frames.nbytes + 500
-        if self.room < 0:
+        self.room.value -= frames.nbytes + 500
+        if self.room.value < 0:
             return
-        metadata = {"xxh3_64": xxhash.xxh3_64_hexdigest(frames)}
-        place, index = (
-            self._place(identity, info.decoder, *indices, *frames.shape[-2:]),
-            self._place(identity, decoder),
-        )
-        contents = {f"{place}.safetensors": safetensors.numpy.save({"frames": frames}, metadata),
-                    f"{index}.json": json.dumps(dataclasses.asdict(info)).encode()}  # fmt: skip
+        checksum = np.array([xxhash.xxh3_64_intdigest(frames)], np.uint64)
+        index = json.dumps(dataclasses.asdict(info)).encode()
+        place = self._place(identity, info.decoder, *indices, *frames.shape[-2:])
+        contents = {
+            f"{place}.safetensors": safetensors.numpy.save({"frames": frames, "xxh3_64": checksum}),
+            f"{self._place(identity, decoder)}.json": index + b"\n" + xxhash.xxh3_64_hexdigest(index).encode(),
+        }
         for name, content in contents.items():
-            aside = f"{name}.{os.uname().nodename}.{os.getpid()}.aside"
+            aside = f"{name}.{os.urandom(8).hex()}.aside"
             try:
                 os.makedirs(os.path.dirname(name), mode=0o700, exist_ok=True)
                 with open(aside, "wb") as file:
                     file.write(content)
                 os.rename(aside, name)
-            except OSError:
+            except OSError as error:
                 with contextlib.suppress(OSError):
                     os.remove(aside)
-                self.room = 0
+                self.room.value = 0
+                tqdm.write(f"the video cache takes nothing more: {error}", sys.stderr)
                 return
 
 
@@ -1216,11 +1236,14 @@ def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor
     return F.interpolate(frames, (height, width), mode="bicubic", antialias=True)
 
 
-def load_clip(part: dict, folder: str, args, factor: int, limit=None, cache: VideoCache | None = None):
+def load_clip(
+    part: dict, folder: str, args, factor: int, limit=None, cache: VideoCache | None = None,
+    watched=contextlib.nullcontext,
+):  # fmt: skip
     """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps, info)`.
 
     `limit` is (frames, height, width) from fit_video_tokens; None: as the arguments and the part ask. `info` is the
-    VideoInfo of a video that was decoded just now, else None.
+    VideoInfo of a video that was decoded just now, else None. `watched(path)` is entered around each image's reading.
 
     Raises:
         BadFile: names the file and what is wrong with it.
@@ -1250,18 +1273,20 @@ def load_clip(part: dict, folder: str, args, factor: int, limit=None, cache: Vid
                 return frames, sampled_fps, None
         frames, info = read_video(path, pick, args.video_decoder)  # [F, 3, h, w]
         frames = resize_frames(frames, *size(info))
-        if cache and cache.room > 0:
+        if cache and cache.room.value > 0 and cache.identity(path) == identity:  # not replaced meanwhile
             cache.add(identity, args.video_decoder, info, indices, frames)
         return frames, sampled_fps, info
     fps = part["fps"] or args.fps  # of a frame list: the rate at which its images were taken
     if at_most and at_most < len(paths):
         fps *= at_most / len(paths)
         paths = [paths[i] for i in torch.linspace(0, len(paths) - 1, at_most).round().long().tolist()]
-    images = [read_image(path) for path in paths]
-    width, height = images[0].size
-    height, width = limit[1:] if limit else target_size(part, height, width, len(images), args, factor)
-    images = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]), fps, None
+    images, shape = [], limit and limit[1:]
+    for path in paths:
+        with watched(path):
+            image = read_image(path)
+            shape = shape or target_size(part, image.height, image.width, len(paths), args, factor)
+            images.append(torch.from_numpy(np.array(image.resize(shape[::-1], Image.Resampling.BICUBIC))))
+    return torch.stack(images).permute(0, 3, 1, 2), fps, None
 
 
 def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | None = None) -> tuple[int, int, int]:
@@ -1334,11 +1359,10 @@ def patchify(frames: torch.Tensor, patch_size: int, merge_size: int) -> tuple[to
         frames = torch.cat([frames, frames[-1:]])
     f, c, height, width = frames.shape
     t, h, w = f // FRAME_FACTOR, height // patch_size, width // patch_size
-    patches = frames.reshape(
-        t, FRAME_FACTOR, c, h // merge_size, merge_size, patch_size, w // merge_size, merge_size, patch_size
-    )
-    patches = patches.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, h', w', merge, merge, c, frame, patch, patch
-    return patches.reshape(t * h * w, -1), (t, h, w)
+    rows = frames.contiguous().numpy().view(f"V{patch_size}")  # a patch's row of pixels moves as one item
+    rows = rows.reshape(t, FRAME_FACTOR, c, h // merge_size, merge_size, patch_size, w // merge_size, merge_size)
+    rows = np.ascontiguousarray(rows.transpose(0, 3, 6, 4, 7, 2, 1, 5))  # t, h', w', merge, merge, c, frame, patch
+    return torch.from_numpy(rows.view(np.uint8).reshape(t * h * w, -1)), (t, h, w)
 
 
 class Encoder:
@@ -1352,8 +1376,8 @@ class Encoder:
     (each the turns of one answer) is a prompt, ends where the assistant begins, and gets them by add_suffixes.
     """
 
-    def __init__(self, model_path: str, args: TrainingArguments, room: float = 0, watch: int | None = None):
-        """`room`: bytes that it may add to the video cache; `watch`: see `watched`."""
+    def __init__(self, model_path: str, args: TrainingArguments, room=None, watch: int | None = None):
+        """`room`: see VideoCache; `watch`: see `watched`."""
         processor = AutoProcessor.from_pretrained(model_path, cache_dir=args.cache_dir)
         self.processor, self.tokenizer, self.args = processor, processor.tokenizer, args
         self.image_mean, self.image_std = processor.video_processor.image_mean, processor.video_processor.image_std
@@ -1419,14 +1443,14 @@ class Encoder:
         `known_bad` has the files that are not tried (again), and why. Second value: did the budget bite.
         """
 
-        def attempt(function, part, *args):
+        def attempt(function, part, *args, **kwargs):
             files = [os.path.join(folder, path) for path in part["files"]]
             try:
                 for path in files:
                     if path in known_bad:
                         raise BadFile(path, known_bad[path])
                 with self.watched(files[0]):
-                    return function(part, folder, self.args, self.factor, *args, cache=self.cache)
+                    return function(part, folder, self.args, self.factor, *args, cache=self.cache, **kwargs)
             except BadFile as error:
                 return error
             except Exception as error:  # whatever a decoder may throw costs its file, not the run
@@ -1441,7 +1465,8 @@ class Encoder:
         clips = []
         for i, part in enumerate(parts):
             bad = limits and isinstance(limits[i], BadFile)
-            clip = limits[i] if bad else attempt(load_clip, part, limits[i] if limits else None)
+            limit = limits[i] if limits else None
+            clip = limit if bad else attempt(load_clip, part, limit, watched=self.watched)
             if not isinstance(clip, BadFile):
                 frames, sampled_fps, info = clip
                 clip = *patchify(frames, self.patch_size, self.merge_size), FRAME_FACTOR / sampled_fps, info
@@ -1454,7 +1479,7 @@ class Encoder:
         if self.watch is None:
             yield
             return
-        os.pwrite(self.watch, path.encode().ljust(4096, b"\0"), 0)
+        os.pwrite(self.watch, os.fsencode(path) + b"\0", 0)
         signal.setitimer(signal.ITIMER_REAL, self.args.decode_timeout)  # the signal ends the process, whatever it does
         try:
             yield
@@ -2249,44 +2274,102 @@ PREFETCH_BYTES = 2 << 30  # decoded samples that wait for the trainer, per proce
 class SampleStream:
     """Decodes records in worker processes, ahead of the trainer and in the order asked.
 
-    Workers are started by a fork server: 0.2 s each, without the trainer's CUDA context, and killable. A file that
-    hangs, crashes its worker or eats its memory costs that file only. Every bad file goes into bad_videos.jsonl; those
-    found there are not tried again (unless --on_bad_video is error, or they have changed since).
+    Workers are started by a fork server: 0.2 s each, without the trainer's CUDA context, and killable. Each has a
+    thread of the trainer and a pipe to itself: its death, even in the middle of a message, is no matter for the
+    others (a pool with one queue for all stops for good then). A file that hangs, crashes its worker or eats its
+    memory costs that file only. Every bad file goes into bad_videos.jsonl; those found there are not tried again
+    (unless --on_bad_video is error, or they have changed since).
     """
 
     def __init__(self, encoder: Encoder, args: TrainingArguments):
-        self.encoder, self.args, self.pool, self.num_workers = encoder, args, None, args.dataloader_num_workers
+        self.encoder, self.args, self.num_workers = encoder, args, args.dataloader_num_workers
         self.sample_bytes = 0  # of the largest sample so far
         self.bad_path = Path(args.output_dir) / "bad_videos.jsonl"
         self.bad, self.told = {}, set()  # bad files and why; (record, file) pairs and files that were told of
-        for line in self.bad_path.read_text(encoding="utf-8").splitlines() if self.bad_path.is_file() else []:
-            with contextlib.suppress(ValueError):  # a torn last line
-                row = json.loads(line)
-                if row["state"] == _file_state(row["file"]):
-                    self.told.add((row["record"], row["file"]))
-                    if args.on_bad_video != "error":
-                        self.bad[row["file"]] = row["reason"]
+        self.killed = set()  # files whose process was killed once
+        for row in read_jsonl(self.bad_path):
+            if row.keys() >= {"file", "reason", "record", "state"} and row["state"] == _file_state(row["file"]):
+                self.told.add((row["record"], row["file"]))
+                if args.on_bad_video != "error":
+                    self.bad[row["file"]] = row["reason"]
         room = VideoCache.free_room(args.video_cache, args.video_cache_limit_gb) if args.video_cache else 0
-        room /= max(1, self.num_workers) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if not self.num_workers and encoder.cache:
-            encoder.cache.room = room
+        self.context = multiprocessing.get_context("forkserver")
+        self.room = self.context.RawValue("d", room / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if encoder.cache:
+            encoder.cache.room = self.room
         if self.num_workers:
+            self.context.set_forkserver_preload(["__main__", __name__])
             self.watch_folder = tempfile.TemporaryDirectory(prefix="multivideo-")
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["__main__", __name__])
-            self.pool = pebble.ProcessPool(
-                self.num_workers, context=context, initializer=_start_worker,
-                initargs=(args.model_id, args, room, self.watch_folder.name),
-            )  # fmt: skip
+            self.jobs, self.starting, self.processes, self.closed = queue.SimpleQueue(), threading.Lock(), {}, False
+            self.threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(self.num_workers)]
+            for thread in self.threads:
+                thread.start()
+            atexit.register(self.close)
 
-    def _schedule(self, row, folder):
+    def _serve(self):
+        """The thread beside a worker: hands it one record after another, and replaces it when it dies."""
+        worker = None  # process, pipe
+        while (job := self.jobs.get()) is not None:
+            future, row, folder = job
+            if self.closed or not future.set_running_or_notify_cancel():
+                continue
+            try:
+                deaths = []  # at none of the record's files
+                while not future.done():
+                    worker = worker or self._start_worker()
+                    try:
+                        worker[1].send((row, folder, self._known_bad(row, folder)))
+                        answer = worker[1].recv()
+                    except (EOFError, OSError):
+                        deaths += self._bury(*worker)
+                        worker = None
+                        if self.closed or len(deaths) == 3:
+                            raise InputError(f"record {row['id']}: the process that encodes it ends again and again "
+                                             f"({deaths}), but at none of its files: memory?") from None  # fmt: skip
+                    else:
+                        (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
+            except Exception as error:  # the trainer waits for an answer
+                future.set_exception(error)
+
+    def _known_bad(self, row, folder):
         files = [os.path.join(folder, path) for path in record_files(row)] if self.bad else []
-        known_bad = {path: self.bad[path] for path in files if path in self.bad}
-        return self.pool.schedule(_encode, args=(row, folder, known_bad))
+        return {path: self.bad[path] for path in files if path in self.bad}
+
+    def _start_worker(self):
+        ours, theirs = self.context.Pipe()
+        initial = theirs, self.args, self.room, self.watch_folder.name
+        process = self.context.Process(target=_worker, args=initial, daemon=True)
+        with self.starting:  # starting asks after all children, which has one answer only
+            process.start()
+            self.processes[process.pid] = process
+        theirs.close()
+        if self.closed:
+            process.kill()
+        return process, ours
+
+    def _bury(self, process, pipe) -> list[str]:
+        """Note which file a dead worker was at; if it was at none, return what became of it."""
+        pipe.close()
+        with self.starting:
+            process.join(5)
+            del self.processes[process.pid]
+        process.kill()  # if it hangs on its way out
+        died = DEATHS.get(process.exitcode, f"ended its decoding process (exit code {process.exitcode})")
+        watch = Path(self.watch_folder.name) / str(process.pid)
+        file = os.fsdecode(watch.read_bytes().split(b"\0")[0]) if watch.is_file() else ""
+        watch.unlink(missing_ok=True)
+        if not file or file in self.bad:
+            return [died]
+        if process.exitcode == -signal.SIGKILL and file not in self.killed:
+            self.killed.add(file)  # tried once more: memory may have been short for another's sake
+        else:
+            self.bad[file] = died.format(timeout=f"{self.args.decode_timeout:g}")
+        return []
 
     def batches(self, records: Dataset, index_lists, folder: str):
         """Yield the encoded samples of each list of record indices, decoding further lists meanwhile."""
-        if self.pool is None:
+        folder = os.path.abspath(folder)  # workers may stand elsewhere, and so may the next run
+        if not self.num_workers:
             for indices in index_lists:
                 yield [self._tell(functools.partial(self.encoder, records[i], folder, self.bad)) for i in indices]
             return
@@ -2299,15 +2382,21 @@ class SampleStream:
                     if indices is None:
                         break
                     rows = [records[i] for i in indices]
-                    waiting.append([(row, self._schedule(row, folder)) for row in rows])
+                    futures = [Future() for _ in rows]
+                    for future, row in zip(futures, rows):
+                        self.jobs.put((future, row, folder))
+                    waiting.append(futures)
                     in_flight += len(rows)
                 if not waiting:
                     return
-                samples = [self._result(row, folder, future) for row, future in waiting.popleft()]
+                samples = [self._tell(future.result) for future in waiting.popleft()]
+                sizes = [sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
+                         for sample in samples]  # fmt: skip
+                self.sample_bytes = max(self.sample_bytes, *sizes, 0)
                 in_flight -= len(samples)
                 yield samples
         finally:
-            for _, future in (pair for batch in waiting for pair in batch):
+            for future in itertools.chain.from_iterable(waiting):
                 future.cancel()
 
     def steps(self, records: Dataset, windows, batch_size: int, rank: int, world_size: int, folder: str):
@@ -2324,26 +2413,6 @@ class SampleStream:
         for first in batches:
             window, seen, count = waiting.popleft()
             yield window, seen, [first, *itertools.islice(batches, count - 1)]
-
-    def _result(self, row, folder, future):
-        """The encoded sample; a worker that died of a file is replaced, and the record done again without it."""
-        for _ in range(len(record_files(row)) + 2):
-            try:
-                sample = self._tell(future.result)
-            except pebble.ProcessExpired as error:
-                died = DEATHS.get(-error.exitcode, f"ended its decoding process (exit code {error.exitcode})")
-                path = Path(self.watch_folder.name) / str(error.pid)
-                file = path.read_bytes().split(b"\0")[0].decode() if path.is_file() else ""
-                path.unlink(missing_ok=True)
-                if file and -error.exitcode not in STOP_SIGNALS:
-                    self.bad[file] = died.format(timeout=f"{self.args.decode_timeout:g}")
-                future = self._schedule(row, folder)
-                continue
-            size = sum(value.nbytes for value in sample.values() if isinstance(value, np.ndarray))
-            self.sample_bytes = max(self.sample_bytes, size)
-            return sample
-        raise InputError(f"record {row['id']}: the process that encodes it dies again and again ({died}), but of none "
-                         f"of its files: is there enough memory?")  # fmt: skip
 
     def _tell(self, result):
         """Pass a sample on, and say of which files it came without and which needed the second decoder."""
@@ -2371,18 +2440,26 @@ class SampleStream:
                     tqdm.write(f"decoded by PyAV: {file}: {reason}", sys.stderr)
 
     def close(self):
-        """Stop the workers."""
-        if self.pool is not None:
-            self.pool.stop()
-            self.pool.join()
-            self.watch_folder.cleanup()
+        """Stop the workers, whatever they are at."""
+        if not self.num_workers or self.closed:
+            return
+        self.closed = True
+        for _ in self.threads:
+            self.jobs.put(None)
+        for process in list(self.processes.values()):
+            process.kill()
+        for thread in self.threads:
+            thread.join()
+        self.watch_folder.cleanup()
+        atexit.unregister(self.close)
 
 
 DEATHS = {
-    signal.SIGALRM: "took longer than {timeout} s to decode (--decode_timeout)",
-    signal.SIGKILL: "its decoding process was killed (out of memory?)",
-    signal.SIGSEGV: "crashed its decoding process (segmentation fault)",
+    -signal.SIGALRM: "took longer than {timeout} s to decode (--decode_timeout)",
+    -signal.SIGKILL: "its decoding process was killed (out of memory?)",
+    -signal.SIGSEGV: "crashed its decoding process (segmentation fault)",
 }
+WATCH_BYTES = 8192  # more than the longest path
 MIN_VIDEOS = 1000  # --max_bad_ratio counts from here: a single early one is no share yet
 
 
@@ -2392,8 +2469,7 @@ def check_bad_ratio(accelerator: Accelerator, args: TrainingArguments, state: di
     state["all_videos"] += counts["videos"] + counts["images"] + counts["bad_videos"]
     if state["bad_videos"] > args.max_bad_ratio * max(state["all_videos"], MIN_VIDEOS):
         path = Path(args.output_dir) / "bad_videos.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines()[:5] if path.is_file() else []  # another node's, else
-        shown = [f"\n  • {row['file']}: {row['reason']}" for row in map(json.loads, lines)]
+        shown = [f"\n  • {row['file']}: {row['reason']}" for row in itertools.islice(read_jsonl(path), 5)]
         stop_all(accelerator, f"{state['bad_videos']} of {state['all_videos']} videos and images so far could not be "
                  f"read: more than --max_bad_ratio {args.max_bad_ratio:g} allows. The first:{''.join(shown)}\n"
                  f"All are in {path}. Mend them, or raise --max_bad_ratio; if they are fine again (a disk that was "
@@ -2404,27 +2480,31 @@ def _file_state(path):
     """Size and time of change, None if there is none."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return [status.st_size, status.st_mtime_ns]
 
 
-_encoder = None  # of a decoding process
-
-
-def _start_worker(model_path, args, room, watch_folder):
-    global _encoder
-    for number in (signal.SIGINT, signal.SIGUSR1):
+def _worker(pipe, args, room, watch_folder):
+    """A decoding process: encodes one record after another until the trainer is gone."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # sent to all, they are the trainer's to answer
-    for number in (signal.SIGALRM, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     torch.set_num_threads(1)
     watch = os.open(os.path.join(watch_folder, str(os.getpid())), os.O_CREAT | os.O_RDWR, 0o600)
-    _encoder = Encoder(model_path, args, room, watch)
-
-
-def _encode(record, folder, known_bad):
-    return _encoder(record, folder, known_bad)
+    os.write(watch, bytes(WATCH_BYTES))  # now, so that a full disk later is no matter
+    encoder = None
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            job = pipe.recv()
+            try:
+                encoder = encoder or Encoder(args.model_id, args, room, watch)
+                answer = encoder(*job)
+            except InputError as error:
+                answer = error
+            except Exception:
+                answer = RuntimeError(f"in a decoding process:\n{traceback.format_exc()}")
+            pipe.send(answer)
 
 
 # ---------------------------------------------------------------------------------------------------- 9. checkpoints
@@ -2745,6 +2825,16 @@ def bad_step(row: dict, records: list[dict]) -> dict:
     """A line of bad_steps.jsonl: what was not finite in a step, and the records and files that were in it."""
     told = {key: row[key] for key in ("step", "not_finite", "loss", "grad_norm", "learning_rate")}
     return told | {"records": [{"id": record["id"], "files": record_files(record)} for record in records]}
+
+
+def read_jsonl(path: Path):
+    """Yield the objects in a file that several processes append to; a torn line is left out."""
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    yield row
 
 
 def cut_jsonl(path: Path, step: int):
