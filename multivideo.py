@@ -40,6 +40,7 @@ import zlib
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 
 import datasets
@@ -524,6 +525,7 @@ def _looks_local(name):
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.lower().endswith(DATA_SUFFIXES)
 
 
+INTACT = "what was saved before is intact: make room or mend the disk, then --resume_from_checkpoint auto"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -556,16 +558,23 @@ def run(main):
         if not full and not isinstance(error, InputError):
             traceback.print_exc()
         else:
-            mend = "; what was saved before is intact: make room, then --resume_from_checkpoint auto" if full else ""
+            mend = f"; {INTACT}" if full else ""
             print(f"\n{Path(sys.argv[0]).name}: {error}{mend}", file=sys.stderr, flush=True)
+        code = 1
     except Exception:
         traceback.print_exc()
+        code = 1
+    except KeyboardInterrupt:  # before the loop, where nothing is to be saved
+        code = 130
+    except SystemExit as end:
+        code = end.code
     else:
         return
     if several:
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
-    raise SystemExit(1)
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def say(message: str):
@@ -2080,17 +2089,23 @@ def catch_signals() -> list[float]:
     """From now on the first stop signal only joins the returned list; a second one ends the process at once.
 
     Launchers pass on a signal that the process may have had already: what comes within ECHO_SECONDS is no second one.
+    A thread answers: Python runs no handler while the main one waits for other processes.
     """
-    caught = []
+    caught, (reader, writer) = [], os.pipe()
+    os.set_blocking(writer, False)
 
-    def catch(number, frame):
-        if caught and time.monotonic() > caught[0] + ECHO_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        caught.append(time.monotonic())
+    def answer():
+        while True:
+            (number,) = os.read(reader, 1)
+            if number in STOP_SIGNALS:
+                if caught and time.monotonic() > caught[0] + ECHO_SECONDS:
+                    os._exit(128 + number)
+                caught.append(time.monotonic())
 
+    threading.Thread(target=answer, daemon=True).start()
     for number in STOP_SIGNALS:
-        signal.signal(number, catch)
+        signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer)
     return caught
 
 
@@ -2132,14 +2147,15 @@ def all_or_none(accelerator: Accelerator, doing: str):
     problem = None
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # safetensors and tokenizers have their own for a full disk
         problem = error
     failed = accelerator.gather(torch.tensor([problem is not None], device=accelerator.device)).tolist()
     if any(failed):
-        if accelerator.process_index == failed.index(True):
-            raise InputError(f"{doing}: {problem}; what was saved before is intact: make room or mend the disk, then "
-                             "--resume_from_checkpoint auto") from None  # fmt: skip
-        raise SystemExit(1)
+        if accelerator.process_index != failed.index(True):
+            raise SystemExit(1)
+        if isinstance(problem, AssertionError):
+            raise problem
+        raise InputError(f"{doing}: {problem}; {INTACT}") from None
 
 
 class Engine:
@@ -2152,6 +2168,7 @@ class Engine:
     def __init__(self, accelerator: Accelerator, model, args: TrainingArguments):
         self.accelerator, self.raw_model, self.args = accelerator, model, args
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.zero_stage = accelerator.state.deepspeed_plugin.zero_stage if self.deepspeed else None
         optimizer = make_optimizer(model, args)
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -2300,6 +2317,10 @@ class SampleStream:
         if self.num_workers:
             self.context.set_forkserver_preload(["__main__", __name__])
             self.watch_folder = tempfile.TemporaryDirectory(prefix="multivideo-")
+            handlers = [(number, signal.signal(number, signal.SIG_IGN)) for number in STOP_SIGNALS]
+            forkserver.ensure_running()  # a signal to all processes must not end it
+            for number, handler in handlers:
+                signal.signal(number, handler)
             self.jobs, self.starting, self.processes, self.closed = queue.SimpleQueue(), threading.Lock(), {}, False
             self.threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(self.num_workers)]
             for thread in self.threads:
@@ -2545,7 +2566,8 @@ def write_json(path: Path, value):
 def publish_model(output_dir: str, engine: Engine, processor, best: str | None):
     """The final model into `output_dir` itself: the best checkpoint's, if named, else the weights as they are.
 
-    Every process must call it. Written aside, then moved file by file.
+    Every process must call it. Written aside, then moved file by file; without its config, which comes last, nothing
+    loads a half of it, or one mixed with an earlier model's files.
     """
     state = None if best else engine.full_state()
     with all_or_none(engine.accelerator, f"the final model cannot be written to {output_dir}"):
@@ -2565,18 +2587,35 @@ def publish_model(output_dir: str, engine: Engine, processor, best: str | None):
             else:
                 save_model(engine.raw_model, processor, aside, state)
             for file in aside.iterdir():
+                _fsync(file)
+            adapter = (aside / "adapter_config.json").is_file()
+            config = Path(output_dir) / ("adapter_config.json" if adapter else "config.json")
+            for file in [config, *([] if adapter else Path(output_dir).glob("model*.safetensors*"))]:
+                file.unlink(missing_ok=True)
+            for file in sorted(aside.iterdir(), key=lambda file: file.name == config.name):
                 os.replace(file, Path(output_dir) / file.name)
+            _fsync(output_dir)
             aside.rmdir()
 
 
 def save_checkpoint(output_dir: str, engine: Engine, processor, state: dict):
     """Write `checkpoint-N`: model, optimizer, loss scale, random states and `state`; every process must call it.
 
-    Written aside, checked, fsynced, then published by one rename: a checkpoint that has its name is complete.
-    DeepSpeed's shards are written by DeepSpeed, one file per process.
+    Written aside, checked, fsynced, then published by one rename: a checkpoint that has its name is complete. Then
+    those beyond --save_total_limit are deleted. DeepSpeed's shards are written by DeepSpeed, one file per process.
     """
     final = Path(output_dir) / f"checkpoint-{state['step']}"
-    aside, accelerator = final.with_name(f".{final.name}.aside"), engine.accelerator
+    aside = final.with_name(f".{final.name}.aside")
+    try:
+        _write_checkpoint(final, aside, engine, processor, state)
+    except BaseException:
+        if engine.accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write_checkpoint(final, aside, engine, processor, state):
+    accelerator = engine.accelerator
     writing = functools.partial(all_or_none, accelerator, f"{final} cannot be written")
     weights = engine.full_state()
     with writing():
@@ -2594,31 +2633,32 @@ def save_checkpoint(output_dir: str, engine: Engine, processor, state: dict):
     random_states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_states["cuda"] = torch.cuda.get_rng_state()
+    if engine.deepspeed:
+        try:
+            engine.model.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
+        except (OSError, RuntimeError) as error:  # others wait inside it: no all_or_none, this process just ends
+            raise InputError(f"{final} cannot be written: {str(error).splitlines()[0]}; {INTACT}") from None
     with writing():
-        if engine.deepspeed:
-            try:
-                engine.model.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
-            except RuntimeError as error:  # how torch.save reports a failed write
-                raise OSError(str(error).splitlines()[0]) from None
         save_file(random_states, aside / f"random_states_{accelerator.process_index}.safetensors")
     with writing():
         if accelerator.is_main_process:
             save_file(tensors, aside / "optimizer.safetensors")
-            saved = {**state, "num_processes": accelerator.num_processes, "optimizer": numbers}
-            write_json(aside / "trainer_state.json", {**saved, "scaler": engine.scaler.state_dict()})
+            saved = {**state, "num_processes": accelerator.num_processes, "zero_stage": engine.zero_stage,
+                     "optimizer": numbers, "scaler": engine.scaler.state_dict()}  # fmt: skip
+            write_json(aside / "trainer_state.json", saved)
             files = [file for file in aside.rglob("*") if file.is_file()]
             write_json(aside / "manifest.json", {str(file.relative_to(aside)): file.stat().st_size for file in files})
             if problem := checkpoint_problem(aside):
                 raise OSError(f"{problem} after writing")
-            for path in [*files, aside / "manifest.json", aside]:
+            for path in [*aside.rglob("*"), aside]:
                 _fsync(path)
             replaced = final.with_name(f".{final.name}.replaced")  # still found if a kill comes between the renames
             if final.exists():  # the same step of an earlier attempt
-                shutil.rmtree(replaced, ignore_errors=True)
                 os.rename(final, replaced)
             os.rename(aside, final)
             _fsync(final.parent)
             shutil.rmtree(replaced, ignore_errors=True)
+            prune_checkpoints(final, engine.args.save_total_limit, state["best_checkpoint"])
 
 
 def _fsync(path):
@@ -2639,21 +2679,22 @@ def _remove_folder(folder):
 
 def checkpoint_problem(folder: Path) -> str | None:
     """What keeps a checkpoint from being complete (missing file, wrong size, torn safetensors header), or None."""
-    manifest = Path(folder) / "manifest.json"
-    if not manifest.is_file():
-        return "manifest.json is missing"
-    for name, size in json.loads(manifest.read_text()).items():
-        file = Path(folder) / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if file.suffix == ".safetensors":
-            try:
+    name = "manifest.json"
+    try:
+        sizes = json.loads((Path(folder) / name).read_text())
+        for name in sizes:
+            file = Path(folder) / name
+            if file.stat().st_size != sizes[name]:
+                return f"{name} has {file.stat().st_size} bytes instead of {sizes[name]}"
+            if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as opened:
                     opened.keys()
-            except SafetensorError as error:
-                return f"{name} is damaged: {error}"
+            elif file.suffix == ".json":
+                json.loads(file.read_text())
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError, SafetensorError) as error:
+        return f"{name} is damaged: {error}"
     return None
 
 
@@ -2666,20 +2707,43 @@ def list_checkpoints(output_dir: str) -> list[Path]:
     return sorted(found, key=found.get)
 
 
+def clear_leftovers(output_dir: str):
+    """Delete what a killed run left half written or half deleted; a checkpoint being replaced gets its name back."""
+    for path in Path(output_dir).glob(".*"):
+        if path.name == ".model.aside" or re.fullmatch(r"\.checkpoint-\d+\.(aside|removed)", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif re.fullmatch(r"\.checkpoint-\d+\.replaced", path.name):
+            final = path.with_name(path.stem[1:])
+            if final.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.rename(path, final)
+
+
 def find_checkpoint(args: TrainingArguments) -> Path | None:
     """The checkpoint that --resume_from_checkpoint means: a path, or with auto the newest complete one, if any.
 
     Raises:
-        ValueError: the named checkpoint is not complete.
+        ValueError: the named checkpoint is not complete, or not the newest of its run.
     """
+    if os.environ.get("RANK", "0") == "0":
+        clear_leftovers(args.output_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     if args.resume_from_checkpoint is None:
         return None
+    folders = list_checkpoints(args.output_dir)
     if args.resume_from_checkpoint != "auto":
         folder = Path(args.resume_from_checkpoint)
         if problem := checkpoint_problem(folder):
             raise InputError(f"--resume_from_checkpoint {folder}: {problem}; auto takes the newest complete one")
+        here = [path.resolve() for path in folders]
+        later = folders[here.index(folder.resolve()) + 1 :] if folder.resolve() in here else []
+        if later := [path for path in later if not checkpoint_problem(path)]:
+            raise InputError(f"--resume_from_checkpoint {folder}: {later[-1]} is later and would be mixed up with "
+                             "what comes now; move it away, or name another --output_dir")  # fmt: skip
         return folder
-    for folder in reversed(list_checkpoints(args.output_dir)):
+    for folder in reversed(folders):
         if problem := checkpoint_problem(folder):
             say(f"{folder} is skipped: {problem}")
             continue
@@ -2689,7 +2753,7 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
 
 
 def run_identity(args: TrainingArguments, encoder: Encoder, records: Dataset, samples_per_step: int) -> dict:
-    """What must be the same when a run is resumed: model, data, seed, batch arithmetic and precision."""
+    """What must be the same when a run is resumed: model, data, seed, batch arithmetic, optimizer and precision."""
     config = {key: value for key, value in encoder.config.to_dict().items() if key != "transformers_version"}
     local = Path(args.model_id).is_dir()
     if Path(args.data_path).is_file():
@@ -2707,6 +2771,7 @@ def run_identity(args: TrainingArguments, encoder: Encoder, records: Dataset, sa
         "records": len(records),
         "samples per step": samples_per_step,
         "seed": args.seed,
+        "optimizer": args.optim,
         "precision": next((name for name in ("bf16", "fp16", "pure_bf16") if getattr(args, name)), "fp32"),
     }
 
@@ -2723,14 +2788,16 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     saved = json.loads((folder / "trainer_state.json").read_text())
     if lacking := sorted(state.keys() - saved.keys()):
         raise InputError(f"{folder}: trainer_state.json has no {', '.join(lacking)}: another version wrote it")
-    changed = [f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()
-               if saved["run"].get(key) != value]  # fmt: skip
-    world_size, shards = engine.accelerator.num_processes, []
-    if engine.deepspeed != (folder / "deepspeed").is_dir():
-        shards.append(f"DeepSpeed: {'no' if engine.deepspeed else 'yes'} then, "
-                      f"{'yes' if engine.deepspeed else 'no'} now")  # fmt: skip
-    elif engine.deepspeed and saved["num_processes"] != world_size:
-        shards.append(f"processes: {saved['num_processes']} then, {world_size} now (DeepSpeed's shards are one each)")
+    changed = {key: f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()
+               if saved["run"].get(key) != value}  # fmt: skip
+    shards = [changed.pop("optimizer")] if "optimizer" in changed else []  # what no force can bring together
+    stages = ["none" if stage is None else f"ZeRO-{stage}" for stage in (saved["zero_stage"], engine.zero_stage)]
+    processes = engine.accelerator.num_processes
+    if stages[0] != stages[1]:
+        shards.append(f"DeepSpeed: {stages[0]} then, {stages[1]} now")
+    elif engine.deepspeed and saved["num_processes"] != processes:
+        shards.append(f"processes: {saved['num_processes']} then, {processes} now (DeepSpeed's shards are one each)")
+    changed = list(changed.values())
     if changed and engine.args.resume_force and not shards:
         say(f"{folder} belongs to another run; --resume_force goes on although these differ:\n  • "
             + "\n  • ".join(changed))  # fmt: skip
@@ -2739,6 +2806,10 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
         stop_all(engine.accelerator, f"{folder} belongs to another run; these differ:\n  • "
                  + "\n  • ".join(changed + shards)
                  + f"\nGive the same values, or start in another --output_dir{mend}")  # fmt: skip
+    best = Path(engine.args.output_dir) / (saved["best_checkpoint"] or "")
+    if engine.args.load_best_model_at_end and saved["best_checkpoint"] and (problem := checkpoint_problem(best)):
+        raise InputError(f"{best}, the best checkpoint so far, would become the final model: {problem}; put it back "
+                         "or drop --load_best_model_at_end")  # fmt: skip
     if engine.deepspeed:
         if engine.model.load_checkpoint(str(folder), tag="deepspeed")[0] is None:
             raise InputError(f"{folder}: DeepSpeed cannot load its shards")
@@ -2760,14 +2831,16 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
         torch.set_rng_state(random_states["cpu"])
         if "cuda" in random_states and torch.cuda.is_available():
             torch.cuda.set_rng_state(random_states["cuda"])
-    engine.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:  # else written in another precision, and forced
+        engine.scaler.load_state_dict(saved["scaler"])
     return {key: saved[key] for key in state} | {"run": state["run"]}
 
 
-def prune_checkpoints(output_dir: str, keep: int | None, best: str | None):
-    """Delete the oldest checkpoints beyond `keep`; the best one stays."""
-    folders = list_checkpoints(output_dir)
-    spare = [folder for folder in folders[:-1] if folder.name != best]
+def prune_checkpoints(newest: Path, keep: int | None, best: str | None):
+    """Delete checkpoints beyond `keep`: damaged ones that were skipped, then the oldest; newest and best one stay."""
+    folders = list_checkpoints(newest.parent)
+    place = folders.index(newest)
+    spare = [folder for folder in folders[place + 1 :] + folders[:place] if folder.name != best]
     for folder in spare[: max(0, len(folders) - keep) if keep else 0]:
         _remove_folder(folder)
 
@@ -2837,15 +2910,17 @@ def read_jsonl(path: Path):
                     yield row
 
 
-def cut_jsonl(path: Path, step: int):
-    """Drop the rows of a file after `step` (and a torn last line): the resumed run writes them again."""
+def cut_jsonl(path: Path, state: dict):
+    """Drop the rows that the run, resumed at `state`, writes again, and a torn last line."""
     if not path.exists():
         return
-    rows = []
+    rows, last = [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            rows += [line] if row["step"] <= step else []
+            step = json.loads(line)["step"]
+            due = step == last == state["step"] and state["eval_due"]  # a step's second row is its evaluation
+            rows += [line] if step <= state["step"] and not due else []
+            last = step
     aside = path.with_name(f".{path.name}.aside")
     aside.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
     os.replace(aside, path)

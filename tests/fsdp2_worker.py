@@ -76,7 +76,7 @@ def main(model_path, data, videos, out, checkpoint=None):
     encoder = mv.Encoder(model_path, args)
     engine = mv.Engine(accelerator, mv.load_model(args, "cpu", checkpoint), args)
     assert {type(parameter).__name__ for parameter in engine.model.parameters()} == {"DTensor"}
-    state = {"step": 0, "samples_seen": 0, "run": {"records": len(records)}}
+    state = {"step": 0, "samples_seen": 0, "best_checkpoint": None, "run": {"records": len(records)}}
     if checkpoint:
         state = mv.restore_checkpoint(Path(checkpoint), engine, state)
     rank, world_size = accelerator.process_index, accelerator.num_processes

@@ -129,7 +129,7 @@ def test_two_processes_equal_one(mixed, alone, tmp_path, config):
         assert metrics(again) == metrics(tmp_path)
         state = json.loads((again / "checkpoint-5" / "trainer_state.json").read_text())
         alone_now = SimpleNamespace(
-            deepspeed=True, args=mv.TrainingArguments(resume_force=True),
+            deepspeed=True, zero_stage=3, args=mv.TrainingArguments(resume_force=True),
             accelerator=SimpleNamespace(num_processes=1, is_main_process=True),
         )  # fmt: skip
         with pytest.raises(mv.InputError, match="processes: 2 then, 1 now"):

@@ -181,6 +181,7 @@ def in_process(monkeypatch, *flags):
     try:
         train_sft.main()
     finally:
+        signal.set_wakeup_fd(-1)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
