@@ -2085,36 +2085,37 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 2
 
 
-def catch_signals() -> list[float]:
+def catch_signals() -> list[int]:
     """From now on the first stop signal only joins the returned list; a second one ends the process at once.
 
     Launchers pass on a signal that the process may have had already: what comes within ECHO_SECONDS is no second one.
-    A thread answers: Python runs no handler while the main one waits for other processes.
+    A thread sees to the second: Python runs no handler while the main thread waits for other processes.
     """
     caught, (reader, writer) = [], os.pipe()
     os.set_blocking(writer, False)
 
-    def answer():
+    def watch():
+        first = None
         while True:
             (number,) = os.read(reader, 1)
             if number in STOP_SIGNALS:
-                if caught and time.monotonic() > caught[0] + ECHO_SECONDS:
+                if first and time.monotonic() > first + ECHO_SECONDS:
                     os._exit(128 + number)
-                caught.append(time.monotonic())
+                first = first or time.monotonic()
 
-    threading.Thread(target=answer, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda number, frame: caught.append(number))
     signal.set_wakeup_fd(writer)
     return caught
 
 
-def stop_asked(accelerator: Accelerator, caught: list[float]) -> bool:
+def stop_asked(accelerator: Accelerator, caught: list[int]) -> bool:
     """Whether any process has caught a stop signal; every process must ask."""
     return bool(accelerator.gather(torch.tensor([len(caught)], device=accelerator.device)).any())
 
 
-def exchange(accelerator: Accelerator, state: dict, window: list[int], counts: dict, caught: list[float]):
+def exchange(accelerator: Accelerator, state: dict, window: list[int], counts: dict, caught: list[int]):
     """The one small exchange of a step: `(counts summed over all processes, was any asked to stop)`.
 
     Raises:
@@ -2810,6 +2811,9 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     if engine.args.load_best_model_at_end and saved["best_checkpoint"] and (problem := checkpoint_problem(best)):
         raise InputError(f"{best}, the best checkpoint so far, would become the final model: {problem}; put it back "
                          "or drop --load_best_model_at_end")  # fmt: skip
+    own = folder.resolve().parent == Path(engine.args.output_dir).resolve()
+    if own and engine.accelerator.is_main_process:  # what a kill kept from being deleted
+        prune_checkpoints(folder, engine.args.save_total_limit, saved["best_checkpoint"])
     if engine.deepspeed:
         if engine.model.load_checkpoint(str(folder), tag="deepspeed")[0] is None:
             raise InputError(f"{folder}: DeepSpeed cannot load its shards")
