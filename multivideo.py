@@ -277,8 +277,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help + " [%(default)s]" if shown else action.help
 
 
-def parse_arguments(arguments_class, argv: list[str] | None = None):
+def parse_arguments(arguments_class, argv: list[str] | None = None, unchecked: tuple[str, ...] = ()):
     """Read the command line into `arguments_class` (a TrainingArguments), reporting every problem at once.
+
+    `unchecked`: flags that are read but may have any value, for tools that do not use them.
 
     Raises:
         SystemExit: 0 with a hint when nothing was typed, 2 with all problems when anything is wrong.
@@ -317,7 +319,8 @@ def parse_arguments(arguments_class, argv: list[str] | None = None):
             good += words[: len(words) - len(extra)]
     (args,) = parser.parse_args_into_dataclasses(args=good, look_for_args_file=False)
     given = {group[0].split("=")[0].lstrip("-").replace("-", "_") for group in groups}
-    problems += check_arguments(args, given)
+    idle = tuple(f"--{flag} " for flag in unchecked)
+    problems += [problem for problem in check_arguments(args, given) if not problem.startswith(idle)]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         say(f"{script}: {count} with the arguments\n" + "\n".join(f"  • {problem}" for problem in problems))
@@ -1067,6 +1070,9 @@ def read_video(path: str, pick, decoder: str = "decord") -> tuple[torch.Tensor, 
     return frames, VideoInfo(num_frames, fps, *frames.shape[-2:], "pyav", not_decord)
 
 
+NO_VIDEO = {"tty", "hls", "concat", "dash", "sdp"}  # FFmpeg draws text as pictures, and follows lists to other files
+
+
 def video_index(path: str) -> tuple[int, float, str | None]:
     """Demux a file, decoding nothing: `(frames, frames per second, why decord would find wrong frames, if so)`.
 
@@ -1080,8 +1086,8 @@ def video_index(path: str) -> tuple[int, float, str | None]:
 
     num_frames, num_packets, key_time, why = 0, 0, None, None
     try:
-        with av.open(path) as container:
-            if not container.streams.video or container.format.name == "tty":  # FFmpeg draws .txt files as pictures
+        with av.open(path, options={"protocol_whitelist": "file"}) as container:
+            if not container.streams.video or container.format.name in NO_VIDEO:
                 raise ValueError("no video stream")
             stream = container.streams.video[0]
             fps = float(stream.average_rate or 0)
@@ -2304,12 +2310,8 @@ class SampleStream:
         self.sample_bytes = 0  # of the largest sample so far
         self.bad_path = Path(args.output_dir) / "bad_videos.jsonl"
         self.bad, self.told = {}, set()  # bad files and why; (record, file) pairs and files that were told of
-        self.killed = set()  # files whose process was killed once
-        for row in read_jsonl(self.bad_path):
-            if row.keys() >= {"file", "reason", "record", "state"} and row["state"] == _file_state(row["file"]):
-                self.told.add((row["record"], row["file"]))
-                if args.on_bad_video != "error":
-                    self.bad[row["file"]] = row["reason"]
+        self.killed, self.bytes_learned, self.lock = set(), 0, threading.Lock()  # files whose process was killed once
+        self._learn()
         room = VideoCache.free_room(args.video_cache, args.video_cache_limit_gb) if args.video_cache else 0
         self.context = multiprocessing.get_context("forkserver")
         self.room = self.context.RawValue("d", room / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -2322,7 +2324,7 @@ class SampleStream:
             forkserver.ensure_running()  # a signal to all processes must not end it
             for number, handler in handlers:
                 signal.signal(number, handler)
-            self.jobs, self.starting, self.processes, self.closed = queue.SimpleQueue(), threading.Lock(), {}, False
+            self.jobs, self.processes, self.closed = queue.SimpleQueue(), {}, False
             self.threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(self.num_workers)]
             for thread in self.threads:
                 thread.start()
@@ -2353,7 +2355,23 @@ class SampleStream:
             except Exception as error:  # the trainer waits for an answer
                 future.set_exception(error)
 
+    def _learn(self):
+        """Take in what bad_videos.jsonl has gained: an earlier run's bad files, and those of this run's processes."""
+        with self.lock:
+            if self.bad_path.is_file() and self.bad_path.stat().st_size > self.bytes_learned:
+                with open(self.bad_path, "rb") as file:
+                    file.seek(self.bytes_learned)
+                    gained = file.read()
+                self.bytes_learned += gained.rfind(b"\n") + 1
+                for row in parse_jsonl(gained.decode(errors="replace")):
+                    file = row.get("file")
+                    if row.keys() >= {"file", "reason", "record", "state"} and row["state"] == _file_state(file):
+                        self.told.add((row["record"], file))
+                        if self.args.on_bad_video != "error":
+                            self.bad.setdefault(file, row["reason"])
+
     def _known_bad(self, row, folder):
+        self._learn()
         files = [os.path.join(folder, path) for path in record_files(row)] if self.bad else []
         return {path: self.bad[path] for path in files if path in self.bad}
 
@@ -2361,7 +2379,7 @@ class SampleStream:
         ours, theirs = self.context.Pipe()
         initial = theirs, self.args, self.room, self.watch_folder.name
         process = self.context.Process(target=_worker, args=initial, daemon=True)
-        with self.starting:  # starting asks after all children, which has one answer only
+        with self.lock:  # starting asks after all children, which has one answer only
             process.start()
             self.processes[process.pid] = process
         theirs.close()
@@ -2372,7 +2390,7 @@ class SampleStream:
     def _bury(self, process, pipe) -> list[str]:
         """Note which file a dead worker was at; if it was at none, return what became of it."""
         pipe.close()
-        with self.starting:
+        with self.lock:
             process.join(5)
             del self.processes[process.pid]
         process.kill()  # if it hangs on its way out
@@ -2393,7 +2411,8 @@ class SampleStream:
         folder = os.path.abspath(folder)  # workers may stand elsewhere, and so may the next run
         if not self.num_workers:
             for indices in index_lists:
-                yield [self._tell(functools.partial(self.encoder, records[i], folder, self.bad)) for i in indices]
+                yield [self._tell(lambda row=records[i]: self.encoder(row, folder, self._known_bad(row, folder)))
+                       for i in indices]  # fmt: skip
             return
         waiting, in_flight, index_lists = deque(), 0, iter(index_lists)
         try:
@@ -2447,6 +2466,8 @@ class SampleStream:
             bad, record = [(error.path, error.reason)], error.record
             raise
         finally:
+            if bad:
+                self._learn()  # another process may have told of it
             for file, reason in bad:
                 self.bad.setdefault(file, reason)
                 if (record, file) not in self.told:
@@ -2491,7 +2512,8 @@ def check_bad_ratio(accelerator: Accelerator, args: TrainingArguments, state: di
     state["all_videos"] += counts["videos"] + counts["images"] + counts["bad_videos"]
     if state["bad_videos"] > args.max_bad_ratio * max(state["all_videos"], MIN_VIDEOS):
         path = Path(args.output_dir) / "bad_videos.jsonl"
-        shown = [f"\n  • {row['file']}: {row['reason']}" for row in itertools.islice(read_jsonl(path), 5)]
+        rows = parse_jsonl(path.read_text(encoding="utf-8") if path.is_file() else "")  # else another node's
+        shown = [f"\n  • {row['file']}: {row['reason']}" for row in itertools.islice(rows, 5)]
         stop_all(accelerator, f"{state['bad_videos']} of {state['all_videos']} videos and images so far could not be "
                  f"read: more than --max_bad_ratio {args.max_bad_ratio:g} allows. The first:{''.join(shown)}\n"
                  f"All are in {path}. Mend them, or raise --max_bad_ratio; if they are fine again (a disk that was "
@@ -2904,14 +2926,13 @@ def bad_step(row: dict, records: list[dict]) -> dict:
     return told | {"records": [{"id": record["id"], "files": record_files(record)} for record in records]}
 
 
-def read_jsonl(path: Path):
-    """Yield the objects in a file that several processes append to; a torn line is left out."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    yield row
+def parse_jsonl(text: str):
+    """Yield the objects of a file that several processes append to; torn lines are left out."""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
 
 
 def cut_jsonl(path: Path, state: dict):
