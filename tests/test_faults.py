@@ -554,7 +554,7 @@ def test_damaged_cache_files_are_made_again(clips, tiny_model, tmp_path, monkeyp
     monkeypatch.setattr(mv, "read_video", lambda *args: (decoded.append(1), read_video(*args))[1])
     for path in (frames, index):
         data, trials = path.read_bytes(), []
-        for _ in range(100):
+        for _ in range(60):
             flipped = bytearray(data)
             flipped[rng.randrange(min(len(data), 400) if rng.random() < 0.6 else len(data))] ^= 1 << rng.randrange(8)
             trials.append(bytes(flipped))
@@ -568,6 +568,7 @@ def test_damaged_cache_files_are_made_again(clips, tiny_model, tmp_path, monkeyp
             data[: len(data) // 2],
             b"{}\n",
         ]
+        trials += [data.replace(b"25.0", b"15.0"), data.replace(b"[4,3,56,56]", b"[3,4,56,56]")]  # another fps, shape
         for content in trials:
             decoded.clear()
             path.write_bytes(content)
