@@ -383,7 +383,8 @@ def test_a_frame_list_names_its_bad_image(clips, tiny_model, tmp_path):
     for i in range(4):
         Image.new("RGB", (60, 60), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
-    args = arguments(tiny_model, tmp_path / "out", on_bad_video="drop_video", dataloader_num_workers=0)
+    options = {"on_bad_video": "drop_video", "dataloader_num_workers": 0, "decode_timeout": 100}
+    args = arguments(tiny_model, tmp_path / "out", **options)
     row = record("r", [GOOD[0]])
     part = mv._media_part("video", [str(tmp_path / f"{i}.png") for i in range(4)])
     row["messages"][0]["content"].append(part)
@@ -394,6 +395,7 @@ def test_a_frame_list_names_its_bad_image(clips, tiny_model, tmp_path):
     read_image = mv.read_image
 
     def spy(path):
+        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100
         seen.append((path, os.pread(encoder.watch, 4096, 0).split(b"\0")[0].decode()))
         return read_image(path)
 
@@ -612,6 +614,13 @@ def test_changed_files_are_other_files(clips, tiny_model, tmp_path, monkeypatch)
         patched.setattr(mv, "read_video", replaced)
         encoder(record("r", ["clip.mp4"]), str(folders[0]))
     assert contents(tmp_path / "cache") == before
+    # other content of the same size, one nanosecond later
+    both = [(clips / name).read_bytes() for name in GOOD[:2]]
+    size = max(map(len, both)) + 8
+    for i, data in enumerate(both):
+        path.write_bytes(data + struct.pack(">I4s", size - len(data), b"free").ljust(size - len(data), b"\0"))
+        os.utime(path, ns=(7, 7 + i))
+        assert path.stat().st_size == size and same(encoder(record("r", ["clip.mp4"]), str(folders[0])), samples[i])
     # the same file by another path is the same file
     shutil.copy(path, tmp_path / "one.mp4")
     encoder(record("r", [str(tmp_path / "one.mp4")]), "")
