@@ -1890,6 +1890,7 @@ def load_model(args: TrainingArguments, device, path: str | None = None):
     use_packed_attention(model, kernel)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # which it switched on: gradients would go through frozen parts for nothing
     return model
 
 
