@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import matplotlib
 import numpy as np
 import torch
-from check_data import read_flags
+from check_data import container, normalizer, read_flags
 from matplotlib import font_manager, ft2font
 from PIL import Image, ImageDraw, ImageFont
 
@@ -68,7 +68,7 @@ def find_record(source: str, flags: PreviewFlags, normalize) -> dict:
 
 
 def unpatchify(patches: torch.Tensor, grid, patch_size: int, merge_size: int) -> torch.Tensor:
-    """Put the tower's patches [P, 3·2·patch²] of a clip with grid (t, h, w) together again: frames [2·t, 3, h, w]."""
+    """Put the patches [P, 3·2·patch²] of a clip with grid (t, h, w) together again: frames [2·t, 3, height, width]."""
     t, h, w = grid
     m, p = merge_size, patch_size
     frames = patches.reshape(t, h // m, w // m, m, m, 3, mv.FRAME_FACTOR, p, p)
@@ -78,7 +78,12 @@ def unpatchify(patches: torch.Tensor, grid, patch_size: int, merge_size: int) ->
 
 def read_clips(row: dict, sample: dict, encoder, folder: str, args) -> list[dict]:
     """Frames, times, sizes and positions of each clip of an encoded sample, in the order of the prompt."""
-    parts = [part for message in row["messages"] for part in message["content"] if part["type"] != "text"]
+    parts, bad = [], [path for path, _ in sample["bad"]]  # left out by --on_bad_video drop_video, in order
+    for part in (part for message in row["messages"] for part in message["content"] if part["type"] != "text"):
+        if bad and bad[0] in [os.path.join(folder, file) for file in part["files"]]:
+            bad.pop(0)
+        else:
+            parts.append(part)
     visual = np.flatnonzero(sample["input_ids"] == encoder.config.video_token_id)
     clips, patch, token = [], 0, 0
     for part, grid in zip(parts, sample["video_grid_thw"].tolist()):
@@ -90,7 +95,8 @@ def read_clips(row: dict, sample: dict, encoder, folder: str, args) -> list[dict
         clip = {"part": part, "frames": frames, "tokens": count, "name": part["files"][0], "times": [None] * 2 * t,
                 "positions": sample["position_ids"][1, first].tolist(), "source": "image"}  # fmt: skip
         if part["type"] == "video":
-            total, fps, _ = mv.video_index(mv.resolve_path(part["files"][0], folder))
+            info = container(mv.resolve_path(part["files"][0], folder), args)
+            total, fps = info.num_frames, info.fps
             indices, _ = mv.sample_frames(part, total, fps, args, 2 * t)
             assert -(-len(indices) // 2) == t, f"{part['files'][0]}: {len(indices)} frames by its container, {t} pairs"
             clip["times"] = [index / fps for index in indices]
@@ -111,7 +117,7 @@ def kind_of(clip: dict) -> str:
 
 
 def read_text(sample: dict, clips: list[dict], encoder) -> list[tuple[str, str, bool]]:
-    """The token stream as pieces `(text, kind, is it learned)`; kinds: text, control, clip, answer (a new sequence)."""
+    """The tokens as pieces `(text, kind, is it learned)`; kinds: text, control, clip, answer (a new sequence)."""
     ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
     video, special = encoder.config.video_token_id, set(encoder.tokenizer.all_special_ids)
     names = (f"{kind_of(clip)} {i} · {clip['tokens']:,} tokens" for i, clip in enumerate(clips, 1)
@@ -251,7 +257,7 @@ def groups_of(clip: dict, shown: int) -> list[int]:
 
 
 def draw_clip(canvas: Canvas, clip: dict, number: int, x: int, y: int, width: int, target: int, shown: int) -> int:
-    """Draw one clip with its title at (x, y), at most `width` wide; returns its height. A canvas of 1×1 only measures."""
+    """Draw one clip with its title at (x, y), at most `width` wide; returns its height. 1×1 canvases only measure."""
     thumb, groups = thumbnail(clip, target, width), groups_of(clip, shown)
     measure = canvas.image.size == (1, 1)
     per_line = max(1, (width + BETWEEN) // (thumb["group"] + BETWEEN))
@@ -296,9 +302,8 @@ def draw_clips(canvas: Canvas, clips: list[dict], y: int, shown: int) -> int:
     columns = 1
     for more in (2, 3):
         width = (content - (more - 1) * GUTTER) // more
-        widest = max((len(groups_of(clip, shown)) * (thumbnail(clip, target, width)["group"] + BETWEEN) for clip in clips),
-                     default=0)  # fmt: skip
-        columns = more if len(clips) > 5 and widest <= width + BETWEEN else columns
+        wide = [len(groups_of(clip, shown)) * (thumbnail(clip, target, width)["group"] + BETWEEN) for clip in clips]
+        columns = more if len(clips) > 5 and max(wide) <= width + BETWEEN else columns
     width = (content - (columns - 1) * GUTTER) // columns
     per_column, tallest = -(-len(clips) // columns), 0
     for column in range(columns):
@@ -321,7 +326,9 @@ def lay_out(canvas: Canvas, pieces: list[tuple], width: int) -> list[list[tuple]
             lines.append([])
             x = 0
         if size > width and len(text) > 1:  # a word longer than a line, as in a script without blanks
-            count = bisect.bisect_left(range(len(text)), True, 1, key=lambda n: canvas.width(text[:n], MONO, TEXT) > width)
+            count = bisect.bisect_left(
+                range(len(text)), True, 1, key=lambda n: canvas.width(text[:n], MONO, TEXT) > width
+            )
             place(text[: max(1, count - 1)], kind, learned)
             place(text[max(1, count - 1) :], kind, learned)
             return
@@ -411,9 +418,10 @@ def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], 
     visual = sum(clip["tokens"] for clip in clips)
     learned = int((sample["labels"] != -100).sum())
     canvas.text(MARGIN, 62, fitted(canvas, f"record {row['id']}", BOLD, 30, WIDTH - 2 * MARGIN), BOLD, 30)
-    facts = [f"{sample['num_tokens']:,} tokens = {visual:,} visual + {sample['num_tokens'] - visual:,} of text",
-             f"{learned:,} learned", many(sample["num_videos"], "video"), many(sample["num_images"], "image")]  # fmt: skip
+    facts = [f"{sample['num_tokens']:,} tokens = {visual:,} visual + {sample['num_tokens'] - visual:,} of text"]
+    facts += [f"{learned:,} learned", many(sample["num_videos"], "video"), many(sample["num_images"], "image")]
     facts += [f"made smaller by --max_video_tokens {args.max_video_tokens:,}"] if sample["shrunk"] else []
+    facts += [f"{many(len(sample['bad']), 'bad file')} left out"] if sample["bad"] else []
     canvas.text(MARGIN, 96, "   ·   ".join(facts), SANS, 19)
     canvas.text(MARGIN, 122, fitted(canvas, f"{args.data_path}   ·   {args.model_id}", SANS, 14, WIDTH - 2 * MARGIN),
                 SANS, 14, GREY)  # fmt: skip
@@ -434,19 +442,22 @@ def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], 
     end = y + between + LINE * len(lines) + 36
     if canvas.missing:
         codes = " ".join([f"U+{ord(c):04X}" for c in sorted(canvas.missing)[:6]] + ["…"] * (len(canvas.missing) > 6))
-        canvas.text(MARGIN, end, f"Boxes: no font on this machine has {many(len(canvas.missing), 'character')} ({codes}), "
-                    "which the model gets all the same; fonts-noto-cjk has most", SANS, 14, GREY)  # fmt: skip
+        remark = f"Boxes: no font on this machine has {many(len(canvas.missing), 'character')} ({codes}), which the "
+        canvas.text(
+            MARGIN, end, remark + "model gets all the same; the package fonts-noto-cjk has most", SANS, 14, GREY
+        )
     return canvas.image
 
 
 def main():
-    trainer, args, own = read_flags(PreviewFlags)
-    row = find_record(args.data_path, own, trainer.normalize_record)
+    args, own = read_flags(PreviewFlags)
+    row = find_record(args.data_path, own, normalizer(own.objective, args))
     encoder = mv.Encoder(args.model_id, args)
     sample = encoder(row, args.image_folder)
     if "input_ids" not in sample:
-        raise mv.InputError(f"record {row['id']}: {sample['num_tokens']} tokens, over --max_seq_length "
-                            f"{args.max_seq_length}: training skips it (--on_long_sample skip)")  # fmt: skip
+        why = "; ".join(f"{file}: {reason}" for file, reason in sample["bad"])
+        why = why or f"{sample['num_tokens']} tokens, --max_seq_length is {args.max_seq_length}"
+        raise mv.InputError(f"record {row['id']} is left out of training: {why}")
     clips = read_clips(row, sample, encoder, args.image_folder, args)
     sheet = draw_sheet(row, sample, clips, read_text(sample, clips, encoder), args, own.shown_frames)
     sheet.save(own.output)

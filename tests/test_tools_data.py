@@ -1,0 +1,627 @@
+"""check_data.py, preview.py and the memory formula, against mv.Encoder, hand-made damage and real allocations."""
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+import weakref
+
+import av
+import check_data
+import gpu_memory
+import numpy as np
+import pebble
+import preview
+import pytest
+import torch
+import yaml
+from PIL import Image
+from reference import write_clip
+from test_train import ROOT, demo  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, Qwen2_5_VLConfig
+
+import multivideo as mv
+import train_sft
+
+WIDE = "é “quotes” 中文 العربية 😀\ttab \x07"
+
+
+def run(tool, monkeypatch, capsys, *flags) -> tuple[int, str]:
+    """A tool's main() in this process: its exit code and what it printed."""
+    monkeypatch.setattr(sys, "argv", [f"{tool.__name__}.py", *map(str, flags)])
+    try:
+        mv.run(tool.main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def record(name, question="What?", answer="That.", **media):
+    talk = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "conversations": talk, **media}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Clips and images of many kinds, sound and damaged."""
+    path = tmp_path_factory.mktemp("odd")
+    write_clip(path / "good.mp4", 96, 64, 40)
+    write_clip(path / "wide ü.mp4", 140, 56, 33, rate=10, seed=1)
+    write_clip(path / "tall.mp4", 56, 112, 61, rate=30, seed=2)
+    write_clip(path / "long.mp4", 32, 32, 700, rate=1)
+    for frames in (1, 3):
+        write_clip(path / f"{frames}.mp4", 64, 64, frames)
+    write_clip(path / "thin.mp4", 2, 420, 8)
+    (path / "cut.mp4").write_bytes((path / "good.mp4").read_bytes()[:1500])
+    (path / "empty.mp4").touch()
+    (path / "folder.mp4").mkdir()
+    os.mkfifo(path / "pipe.mp4")
+    picture = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    for name, codec, options in (
+        (
+            "open.mp4",
+            "libx265",
+            {"preset": "ultrafast", "x265-params": "keyint=10:open-gop=1:bframes=3:log-level=none"},
+        ),
+        ("turned.mp4", "libx264", {"preset": "ultrafast"}),
+    ):
+        with av.open(str(path / name), "w") as container:
+            stream = container.add_stream(codec, rate=25, options=options)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            if name == "turned.mp4":
+                stream.set_display_rotation(90)
+            for i in range(45):
+                frame = picture if name == "open.mp4" else np.full_like(picture, 99)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(frame, i, 1).copy(), format="rgb24")))
+            container.mux(stream.encode())
+    for i in range(5):
+        Image.fromarray(np.roll(picture, i, 0)).resize((90 + 10 * (i == 2), 60)).save(path / f"{i}.png")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(picture).save(path / "exif.jpg", exif=exif)
+    (path / "bad.png").write_bytes((path / "0.png").read_bytes()[:40])
+    return path
+
+
+@pytest.fixture(scope="module")
+def records():
+    """Sound records of every kind: many videos, options, frames, images, text only, several turns."""
+    return [
+        record("many", "<video>\n<video> and <video>\n?", video=["good.mp4", "wide ü.mp4", "tall.mp4"]),
+        record("options", video=[{"video": "good.mp4", "fps": 4, "start": 1, "end": 4.5},
+                                 {"video": "tall.mp4", "nframes": 6}, "1.mp4", "3.mp4", "long.mp4",
+                                 {"video": "good.mp4", "resized_width": 112, "resized_height": 28}]),
+        record("stills", WIDE * 3, WIDE, video=[[f"{i}.png" for i in range(5)]], image=["exif.jpg", "1.png"]),
+        record("text", "word " * 50, "A longer answer. " * 20),
+        record("odd files", video=["open.mp4", "turned.mp4"]),
+    ]  # fmt: skip
+
+
+def worker(args, decode=False):
+    """The tool's worker functions, in this process."""
+    normalize = check_data.normalizer("sft", args)
+    check_data._worker.update(encoder=mv.Encoder(args.model_id, args), normalize=normalize, args=args, decode=decode)
+    return check_data._worker["encoder"]
+
+
+def look(args, raw, folder, decode=False):
+    """What the tool finds about raw records, and the encoder."""
+    encoder, found = worker(args, decode), check_data.Findings()
+    for number, item in enumerate(raw):
+        found.add_record("train", number, check_data.read_record((f"record {number}", item, str(folder))))
+    for item in found.distinct():
+        found.add_clip(item[0], check_data.read_clip(item), encoder.factor)
+    found.add_samples(args, encoder.factor)
+    return found, encoder
+
+
+# --------------------------------------------------------------------------------------------------------- check_data
+
+
+SETTINGS = {
+    "fps": {},
+    "nframes": {"nframes": 6, "video_resized_width": 64, "video_resized_height": 64},
+    "few": {"fps": 0.25, "min_frames": 2, "max_frames": 20, "image_resized_width": 90, "image_resized_height": 60},
+    "budget": {"max_video_tokens": 60, "system_prompt": "Be brief."},
+    "tight": {"max_video_tokens": 9, "fps": 5.0},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("decode", [False, True])
+def test_tokens_are_those_of_the_encoder(tiny_model, folder, records, name, decode):
+    """Counted from containers or decoded, each sample's tokens are what mv.Encoder makes, sample by sample."""
+    small = {"video_min_pixels": 784, "video_max_pixels": 20000, "image_min_pixels": 784}
+    args = mv.TrainingArguments(model_id=tiny_model, **{**small, **SETTINGS[name]})
+    found, encoder = look(args, records, folder, decode)
+    for number, raw in enumerate(records):
+        sample = encoder(check_data._worker["normalize"](raw, "x"), str(folder))
+        grid = sample["video_grid_thw"]
+        columns = "id, total, visual, learned, videos, images, whole > visual"
+        ours = found(f"SELECT {columns} FROM good WHERE number = ?", number).fetchone()
+        learned = int((sample["labels"] != -100).sum())
+        visual = int(grid.prod(1).sum()) // 4
+        assert ours == (raw["id"], len(sample["input_ids"]), visual, learned, sample["num_videos"],
+                        sample["num_images"], sample["shrunk"])  # fmt: skip
+        frames = found("SELECT (frames + 1) / 2, height / 14, width / 14 FROM trained_clips WHERE number = ?", number)
+        assert sorted(frames.fetchall()) == sorted(map(tuple, grid.tolist()))
+
+
+def test_answers_that_share_a_prompt(tiny_model, folder, monkeypatch):
+    """With several answers all tokens count, and --max_seq_length is held against the prompt with the longest one."""
+    args = mv.TrainingArguments(model_id=tiny_model, nframes=4, video_resized_width=56, video_resized_height=56)
+    encoder = worker(args)
+
+    def pair(raw, where):
+        row = mv.normalize_conversation(raw, where)
+        turns = [
+            [{"role": "assistant", "content": [mv._part("text", text=text)]}] for text in ("Yes.", "No, a longer one.")
+        ]
+        return {**row, "completions": turns}
+
+    monkeypatch.setitem(check_data._worker, "normalize", pair)
+    raw = {"id": "pair", "video": ["good.mp4"] * 2, "messages": [{"role": "user", "content": "Is it?"}]}
+    found = check_data.Findings()
+    found.add_record("train", 0, check_data.read_record(("record 0", raw, str(folder))))
+    for item in found.distinct():
+        found.add_clip(item[0], check_data.read_clip(item), encoder.factor)
+    found.add_samples(args, encoder.factor)
+    sample = encoder(pair(raw, "x"), str(folder))
+    prompt, first, second = sample["lengths"].tolist()
+    assert first < second
+    assert found("SELECT total, longest, visual FROM good").fetchall() == [(sample["num_tokens"], prompt + second, 16)]
+
+
+def test_demo_is_sound(demo, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """A training command's flags, others among them: exit code 0, the numbers known of the demo, memory over sizes."""
+    code, said = run(
+        check_data, monkeypatch, capsys, "--model_id", demo / "model", "--data_path", demo / "sft_train.json",
+        "--eval_path", demo / "sft_eval.json", "--image_folder", demo / "videos", "--video_resized_width", 64,
+        "--video_resized_height", 64, "--fps", 0.25, "--per_device_train_batch_size", 2, "--bf16", "True",
+        "--learning_rate", 3e-3, "--gradient_accumulation_steps", 2, "--num_train_epochs", 1.5, "--report_to", "mlflow",
+        "--output_dir", ROOT, "--attn_implementation", "varlen", "--resume_from_checkpoint", tmp_path / "none",
+        "--gpu_memory_gb", 80, "--num_processes", 3, "--num_workers", 1, "--report", tmp_path / "report.json",
+    )  # fmt: skip
+    assert code == 0 and "Nothing was found that would stop a run." in said, said
+    report = json.loads((tmp_path / "report.json").read_text())
+    train, evaluation = report["splits"]["train"], report["splits"]["eval"]
+    assert (train["records"], evaluation["records"]) == (24, 12) and report["would_fail"] == []
+    assert train["steps"] == {"per_epoch": 2, "total": 3, "samples": 12, "batch_size": 2, "rows": 2, "processes": 3}
+    assert train["per_sample"]["videos"]["least"] == train["per_sample"]["videos"]["most"] == 30
+    assert train["per_sample"]["visual tokens"]["sum"] == 24 * 240
+    assert train["shapes"]["items"] == [{"frames": 4, "height": 56, "width": 56, "kind": "video", "clips": 720}]
+    files = {video for split in ("train", "eval") for item in json.loads((demo / f"sft_{split}.json").read_text())
+             for video in item["video"]}  # fmt: skip
+    assert report["files"]["distinct"] == len(files) and report["files"]["trained_and_evaluated"] == 0
+    assert report["cache"]["gb"] == pytest.approx(len(files) * 4 * 3 * 56 * 56 / 1e9)
+    table = report["memory"]["table"]
+    assert table["videos"] == 30 and np.all(np.diff(table["gib"], axis=0) > 0) and np.all(np.diff(table["gib"]) > 0)
+    assert "24" in said and "720" in said and "56×56" in said
+
+
+BAD = {  # of records that normalize_record refuses: what is said
+    "p": "2 <video> tags for 1 videos", "q": "an assistant ('gpt') turn without text", "r": "addresses are not read",
+    "w": "the control token <|video_pad|>",
+}  # fmt: skip
+UNUSABLE = {
+    "cut.mp4": "cannot be decoded", "empty.mp4": "cannot be decoded", "folder.mp4": "not a regular file",
+    "pipe.mp4": "not a regular file", "thin.mp4": "more than 200 times the other", "/dev/zero": "not a regular file",
+    "good.mp4": "'start' 100.0", "bad.png": "cannot be read as an image",
+}  # fmt: skip
+ODD = {
+    "second decoder": {"open.mp4"}, "rotation": {"turned.mp4"}, "one frame": {"1.mp4"}, "few frames": {"3.mp4"},
+    "thinned": {"long.mp4"}, "long": {"long.mp4"}, "enlarged": {"long.mp4"}, "orientation": {"exif.jpg"},
+    "mixed sizes": {"0.png"}, "one colour": {"turned.mp4"},
+}  # fmt: skip
+
+
+def test_everything_wrong_is_found(demo, folder, records, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Bad records, all of them; files with their records; odd ones, with --decode flat ones too; exit code 1."""
+    bad = [
+        record("p", "<video><video>", video="good.mp4"), record("q", answer=" "), record("r", video="http://x/y.mp4"),
+        record("w", "<|video_pad|>", video="good.mp4"), *[record(f"p{i}", "<image>") for i in range(30)], "nothing",
+    ]  # fmt: skip
+    videos = ["cut.mp4", "empty.mp4", "folder.mp4", "pipe.mp4", "thin.mp4", "/dev/zero", "gone.mp4",
+              {"video": "good.mp4", "start": 100}]  # fmt: skip
+    broken = [record(f"broken {i}", video=["good.mp4", video]) for i, video in enumerate(videos)]
+    broken += [record("again", video="gone.mp4"), record("picture", image="bad.png")]
+    with open(tmp_path / "data.jsonl", "w") as file:
+        for item in [*records, *bad, *broken, record("many"), record("long", "word " * 400)]:
+            file.write(json.dumps(item) + "\n")
+        file.write("{not JSON}\n")
+    code, said = run(
+        check_data, monkeypatch, capsys, "--model_id", demo / "model", "--data_path", tmp_path / "data.jsonl",
+        "--image_folder", folder, "--max_frames", 64, "--video_min_pixels", 3136, "--max_seq_length", 1900, "--decode",
+        "--num_workers", 1, "--report", tmp_path / "report.json", "--listed", 4, "--image_min_pixels", 784,
+    )  # fmt: skip
+    assert code == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    train, files = report["splits"]["train"], report["files"]
+    found = [item["problem"] for item in train["bad_records"]["items"]]
+    assert train["bad_records"]["count"] == len(found) == 36 and train["bad_records"]["tag_mismatches"] == 31
+    for name, reason in BAD.items():
+        assert any(f"(id '{name}')" in problem and reason in problem for problem in found), name
+    assert any("record must be an object" in p for p in found) and any("not valid JSON" in p for p in found)
+    assert "… and 32 more" in said  # of the bad records
+    assert train["duplicate_ids"]["items"] == [
+        {"id": "many", "times": 2, "places": ["line 1 (id 'many')", "line 51 (id 'many')"]}
+    ]
+    gone = {"file": str(folder / "gone.mp4"), "records": ["broken 6", "again"], "more_records": False}
+    assert gone.items() <= files["missing"]["items"][0].items() and files["missing"]["count"] == 1
+    unusable = {os.path.relpath(item["file"], folder): item for item in files["unusable"]["items"]}
+    unusable["/dev/zero"] = unusable.pop(os.path.relpath("/dev/zero", folder))
+    assert unusable.keys() == UNUSABLE.keys()
+    for i, name in enumerate(["cut.mp4", "empty.mp4", "folder.mp4", "pipe.mp4", "thin.mp4", "/dev/zero"]):
+        assert UNUSABLE[name] in unusable[name]["said"] and unusable[name]["records"] == [f"broken {i}"], name
+    odd = {code: {os.path.basename(item["file"]) for item in found["items"]} for code, found in files["odd"].items()}
+    assert odd.keys() == ODD.keys() and all(names <= odd[code] for code, names in ODD.items()), odd
+    assert [item["id"] for item in train["too_long"]["items"]] == ["long"]
+    assert len(report["would_fail"]) == 3 and all(problem in said for problem in report["would_fail"])
+    assert report["files"]["uses"] == {"all": 32, "unreadable": 10}
+
+
+@pytest.mark.parametrize(
+    ("changed", "problems"),
+    [
+        ({}, ["files missing: 1, unusable: 0; 1 of 3"]),
+        ({"on_bad_video": "drop_video"}, []),  # one of 1,000 may be bad
+        ({"on_bad_video": "drop_sample", "max_bad_ratio": 0.0}, ["--max_bad_ratio 0"]),
+        ({"on_bad_video": "drop_sample", "max_seq_length": 20}, ["samples over --max_seq_length 20: 1"]),
+        ({"on_bad_video": "drop_video", "max_seq_length": 20, "on_long_sample": "skip"}, []),
+        ({"on_bad_video": "drop_video", "max_video_tokens": 1}, ["that --max_video_tokens 1 cannot hold: 1"]),
+    ],
+)  # fmt: skip
+def test_what_would_fail_follows_the_policies(tiny_model, folder, changed, problems):
+    """The same faults end a run or not, as --on_bad_video, --max_bad_ratio, --on_long_sample and the budget say."""
+    args = mv.TrainingArguments(model_id=tiny_model, data_path="data.json", nframes=2, video_resized_width=28,
+                                video_resized_height=28, **changed)  # fmt: skip
+    raw = [record("a", video=["good.mp4"] * 2), record("b", video="gone.mp4")]
+    found, encoder = look(args, raw, folder)
+    split = check_data.report_split(found, "train", "data.json", args, encoder.factor)
+    report = {"splits": {"train": split}, "files": check_data.report_files(found)}
+    said = check_data.would_fail(report, args)
+    assert len(said) == len(problems) and all(part in sentence for part, sentence in zip(problems, said)), said
+
+
+def test_budgets_and_cache(tiny_model, folder):
+    """What budgets would do; the cache holds each (file, frames, size) once, whatever the name of the file."""
+    (folder / "link.mp4").unlink(missing_ok=True)
+    (folder / "link.mp4").symlink_to(folder / "good.mp4")
+    args = mv.TrainingArguments(model_id=tiny_model, nframes=4, video_resized_width=112, video_resized_height=56)
+    raw = [
+        record("a", video=["good.mp4", "link.mp4", {"video": "good.mp4", "nframes": 2}]),
+        record("b", video="good.mp4"),
+        record("c", image="1.png", video=[{"video": "good.mp4", "end": 2}]),
+    ]
+    found, encoder = look(args, raw, folder)
+    frame = 3 * 112 * 56
+    assert check_data.report_cache(found, args)["gb"] * 1e9 == pytest.approx((4 + 2 + 4) * frame)
+    budget = check_data.report_budget(found, "train", args, encoder.factor)
+    assert budget["tokens_before"] == 40 + 16 + (16 + 6) and budget["shrunk"] == 0
+    assert [(would["limit"], would["shrunk"]) for would in budget["would"]] == [(30, 1), (20, 2), (10, 3)]
+    found, encoder = look(dataclasses.replace(args, max_video_tokens=16), raw, folder)
+    budget = check_data.report_budget(found, "train", args, encoder.factor)
+    assert budget["shrunk"] == 2 and budget["tokens_after"] <= 3 * 16 < budget["tokens_before"]
+
+
+def endless():
+    """Pieces of work that are counted as they are taken."""
+    for i in itertools.count():
+        endless.taken = i + 1
+        yield i
+
+
+def harmful(item):
+    """A worker's task: some items hang, kill the process or are refused."""
+    if item == 5:
+        time.sleep(60)
+    if item == 9:
+        os._exit(7)
+    return item * item
+
+
+def test_hanging_and_dying_files_are_findings():
+    """Each costs itself alone, is named in its place, and no more is read ahead than the workers need."""
+    context = check_data.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["multivideo"])
+    pool = pebble.ProcessPool(1, context=context)
+    try:
+        results = check_data.in_workers(pool, harmful, endless(), 4, 1.5, 1)
+        got = dict(itertools.islice(results, 14))
+    finally:
+        pool.stop()
+        pool.join()
+    assert endless.taken <= 14 + 5 * 4
+    assert "not read within 1.5 s (--decode_timeout)" in got.pop(5) and "died (exit code 7)" in got.pop(9)
+    assert got == {i: i * i for i in range(14) if i not in (5, 9)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ([], 0, "takes the flags of a training command"),
+        (["--objective", "ppo", "--data_path", "x"], 2, "there is no train_ppo.py"),
+        (["--objective"], 2, "there is no train_None.py"),
+        (["--data_path", "none.json", "--fsp", "2", "--deepspeed", "x"], 2, "3 problems"),
+        (["--num_workers", "0"], 1, "--num_workers 0: must be above 0"),
+        (["--report", "no/such/folder/x.json"], 1, "no such folder"),
+        (["--config_file", "README.md"], 1, "--config_file README.md: not a YAML file of accelerate"),
+    ],
+)
+def test_wrong_flags(demo, monkeypatch, capsys, flags, code, message):  # noqa: F811
+    monkeypatch.chdir(ROOT)
+    if code == 1:
+        flags = ["--data_path", demo / "sft_train.json", "--model_id", demo / "model", *flags]
+    got, said = run(check_data, monkeypatch, capsys, *flags)
+    assert got == code and message in said, said
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of all tensors alive, and the most there were, counted as they are made and freed."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.live = self.most = 0
+        self.known = {}
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known[key] = weakref.finalize(storage, self.drop, key, size)
+            self.live += size
+            self.most = max(self.most, self.live)
+
+    def drop(self, key, size):
+        self.live -= size
+        del self.known[key]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return result
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """Deep enough that blocks outweigh what is around them."""
+    from make_demo import save_tiny_model
+
+    return save_tiny_model(
+        str(tmp_path_factory.mktemp("small")), hidden_size=128, intermediate_size=352, num_layers=4, depth=4,
+        vision_hidden_size=96, vision_intermediate_size=256, vocab_size=2048,
+    )  # fmt: skip
+
+
+LORA = {"bf16": True, "lora_enable": True, "freeze_llm": True, "lora_dropout": 0.0, "lora_rank": 16,
+        "lora_namespan_exclude": "['lm_head', 'embed_tokens']"}  # fmt: skip
+FROZEN = {"freeze_vision_tower": True, "freeze_merger": True}
+STEPS = {  # flags, and rows of a step
+    "fp32": ({}, 1),
+    "bf16": ({"bf16": True}, 1),
+    "bf16, checkpointing, two rows": ({"bf16": True, "gradient_checkpointing": True}, 2),
+    "pure bf16": ({"pure_bf16": True}, 1),
+    "frozen tower, checkpointing": ({"bf16": True, "gradient_checkpointing": True, **FROZEN}, 1),
+    "adapters, tower trained": (LORA, 1),
+    "adapters, checkpointing": ({**LORA, **FROZEN, "gradient_checkpointing": True}, 1),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_predicted_memory_is_what_a_step_allocates(small_model, name):
+    """The most bytes of tensors alive in a real second step (Adam's state is there) are predicted within 10 %."""
+    changed, rows = STEPS[name]
+    args = mv.TrainingArguments(model_id=small_model, gradient_accumulation_steps=rows, **changed)
+    model = mv.load_model(args, "cpu").train()
+    encoder, optimizer = mv.Encoder(small_model, args), mv.make_optimizer(model, args)
+    for group in optimizer.param_groups:
+        group["foreach"] = True  # as on a GPU
+    grid = torch.tensor([[2, 8, 8]] * 6)
+    ids = torch.tensor(([1] * 6 + [encoder.config.video_token_id] * 32) * len(grid) + [2] * 20)
+    labels = np.full(len(ids), -100)
+    labels[-20:] = 2
+    patches = np.random.default_rng(0).integers(0, 255, (int(grid.prod(1).sum()), 1176), dtype=np.uint8)
+    positions = encoder.positions(ids, grid, [1.0] * len(grid)).numpy()
+    sample = {"input_ids": ids.numpy(), "labels": labels, "video_grid_thw": grid.numpy(), "patches": patches,
+              "lengths": np.array([len(ids)]), "position_ids": positions}  # fmt: skip
+    autocast = torch.autocast(
+        "cpu", mv.autocast_dtype(args) or torch.bfloat16, enabled=mv.autocast_dtype(args) is not None
+    )
+    with Allocated(*model.parameters()) as allocated:
+        for _ in range(2):
+            allocated.most = 0
+            packed = [mv.pack([sample], encoder, "cpu") for _ in range(rows)]
+            for inputs, targets, _ in packed:
+                with autocast:
+                    loss = train_sft.sft_loss(model(**inputs).logits, targets)
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            del packed, inputs, targets, loss
+    predicted = gpu_memory.MemoryModel(args, gpu_memory.read_launcher(None, None)).peak(len(ids), len(patches), 20)
+    assert (predicted["gib"] - gpu_memory.RUNTIME_GIB) * 2**30 == pytest.approx(allocated.most, rel=0.1)
+
+
+SEVEN_B = Qwen2_5_VLConfig(
+    text_config={"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                 "num_attention_heads": 28, "num_key_value_heads": 4,
+                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
+    vision_config={"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+                   "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seven_b(tmp_path_factory):
+    """Folder with the config of Qwen2.5-VL-7B, without weights."""
+    folder = tmp_path_factory.mktemp("7b")
+    SEVEN_B.save_pretrained(folder)
+    assert AutoConfig.from_pretrained(folder).model_type == "qwen2_5_vl"
+    return str(folder)
+
+
+def test_weights_of_7b(seven_b):
+    """8,292,166,656 parameters, as the hub says (16,584,333,312 bytes in bf16); 16 bytes each when all are trained."""
+    alone = gpu_memory.read_launcher(None, None)
+    model = gpu_memory.MemoryModel(mv.TrainingArguments(model_id=seven_b, bf16=True), alone)
+    assert (model.trained, model.frozen) == (8292166656, 0)
+    states = model.states()
+    assert states["weights"] + states["gradients"] + states["optimizer"] == 16 * 8292166656
+    pure = gpu_memory.MemoryModel(mv.TrainingArguments(model_id=seven_b, pure_bf16=True), alone).states()
+    assert pure["weights"] + pure["gradients"] + pure["optimizer"] == 8 * 8292166656
+    qlora = mv.TrainingArguments(model_id=seven_b, **LORA, **FROZEN, bits=4)
+    model = gpu_memory.MemoryModel(qlora, alone)
+    layers = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 3584 * 18944)
+    adapters = 28 * 16 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert (model.quantized, model.trained, model.frozen) == (layers, adapters, 8292166656 - layers)
+    assert 4.5 < (model.states()["weights"] - 4 * adapters) / 2**30 < 7.5
+
+
+def test_launchers(seven_b):
+    """Each of accelerate_configs/ is understood; what it splits is held in shares, what it offloads is not held."""
+    args = mv.TrainingArguments(model_id=seven_b, bf16=True)
+    weights, totals = 8292166656, {}
+    for path in (ROOT / "accelerate_configs").glob("*.yaml"):
+        launch = gpu_memory.read_launcher(path, None)
+        assert launch["processes"] == yaml.safe_load(path.read_text())["num_processes"]
+        states = gpu_memory.MemoryModel(args, launch).states()
+        totals[path.stem] = {key: value / weights for key, value in states.items()}
+    assert totals["zero2"]["optimizer"] == totals["zero3"]["optimizer"] == 12 / 8
+    assert totals["zero3"]["gradients"] == 2 / 8 and totals["zero2_offload"]["optimizer"] == 0
+    order = [sum(totals[name].values()) for name in ("ddp", "zero2", "zero3", "zero3_offload")]
+    assert order == sorted(order, reverse=True)
+    assert sum(totals["fsdp2"].values()) < sum(totals["one_gpu"].values()) < sum(totals["ddp"].values())
+    assert gpu_memory.read_launcher(None, 4)["kind"] == "MULTI_GPU"
+
+
+# ------------------------------------------------------------------------------------------------------------ preview
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 2), (2, 4, 6), (3, 10, 4)])
+def test_unpatchify_undoes_patchify(grid):
+    frames = torch.randint(256, (2 * grid[0], 3, 14 * grid[1], 14 * grid[2]), dtype=torch.uint8)
+    patches, made = mv.patchify(frames, 14, 2)
+    assert made == grid and torch.equal(preview.unpatchify(patches, grid, 14, 2), frames)
+
+
+def test_clips_are_those_of_the_sample(tiny_model, folder, records):
+    """Frames out of the patches are load_clip's, bit for bit; times by hand; positions are the model's."""
+    args = mv.TrainingArguments(model_id=tiny_model, fps=2, video_min_pixels=3136, image_min_pixels=784)
+    encoder = mv.Encoder(tiny_model, args)
+    for raw in records:
+        row = train_sft.normalize_record(raw, "x")
+        sample = encoder(row, str(folder))
+        clips = preview.read_clips(row, sample, encoder, str(folder), args)
+        parts = [part for turn in row["messages"] for part in turn["content"] if part["type"] != "text"]
+        assert len(clips) == len(parts)
+        for clip, part in zip(clips, parts):
+            frames = mv.load_clip(part, str(folder), args, 28)[0]
+            assert torch.equal(clip["frames"][: len(frames)], frames)
+            assert clip["tokens"] == -(-len(frames) // 2) * frames.shape[2] * frames.shape[3] // 784
+    clip = preview.read_clips(row := train_sft.normalize_record(records[1], "x"), encoder(row, str(folder)), encoder,
+                              str(folder), args)[0]  # fmt: skip
+    # good.mp4: 40 frames at 8 per second; from frame 8 (1 s) to 36 (4.5 s), 4 per second: 14 frames
+    expected = np.linspace(8, 36, 14).round() / 8
+    assert clip["times"] == pytest.approx(expected.tolist()) and clip["source"] == "40 frames, 8 fps, 5 s"
+
+
+def test_marked_text_is_what_is_learned(tiny_model, folder, records):
+    """The pieces are the decoded input_ids in order; those that are marked are the answers with their ends."""
+    args = mv.TrainingArguments(model_id=tiny_model, nframes=4, video_resized_width=28, video_resized_height=56)
+    encoder = mv.Encoder(tiny_model, args)
+    for raw in records:
+        row = train_sft.normalize_record(raw, "x")
+        sample = encoder(row, str(folder))
+        clips = preview.read_clips(row, sample, encoder, str(folder), args)
+        pieces = preview.read_text(sample, clips, encoder)
+        text = "".join("<|video_pad|>" if kind == "clip" else piece for piece, kind, _ in pieces)
+        rendered = encoder.render(row["messages"]).replace("<|image_pad|>", "<|video_pad|>")
+        assert text == rendered
+        assert (
+            "".join(piece for piece, _, learned in pieces if learned)
+            == raw["conversations"][1]["value"] + "<|im_end|>"
+        )
+        assert sum(kind == "clip" for _, kind, _ in pieces) == len(clips)
+
+
+def green(picture):
+    """Pixels of the colour that marks learned text, below the legend."""
+    colour = np.array([int(preview.GREEN[i : i + 2], 16) for i in (1, 3, 5)])
+    return int((np.asarray(picture) == colour).all(-1).sum())
+
+
+def sheet_of(raw, folder, args, encoder, shown=24, change=None):
+    row = train_sft.normalize_record(raw, "x")
+    sample = encoder(row, str(folder))
+    if change:
+        change(sample)
+    clips = preview.read_clips(row, sample, encoder, str(folder), args)
+    return preview.draw_sheet(row, sample, clips, preview.read_text(sample, clips, encoder), args, shown)
+
+
+def test_sheet(tiny_model, folder, records):
+    """The pixels drawn are those of the arrays; learned text is green; long clips, long texts and odd letters fit."""
+    args = mv.TrainingArguments(model_id=tiny_model, data_path="data.json", nframes=4, video_resized_width=112,
+                                video_resized_height=112)  # fmt: skip
+    encoder = mv.Encoder(tiny_model, args)
+    raw = record("six", video=["good.mp4", "tall.mp4"] * 3)
+    sheet = np.asarray(sheet_of(raw, folder, args, encoder))
+    sample = encoder(train_sft.normalize_record(raw, "x"), str(folder))
+    frames = preview.unpatchify(torch.from_numpy(sample["patches"][:128]), (2, 8, 8), 14, 2)
+    top, left = 150 + preview.TITLE, preview.MARGIN  # of the first clip's first frame, drawn ×1
+    assert (sheet[top : top + 112, left : left + 112] == frames[0].permute(1, 2, 0).numpy()).all()
+
+    def blacken(sample):
+        sample["patches"] = sample["patches"] * 0
+
+    assert (sheet != np.asarray(sheet_of(raw, folder, args, encoder, change=blacken))).any()
+    short = green(sheet_of(record("a", answer="Yes."), folder, args, encoder))
+    assert green(sheet_of(record("a", answer="Yes, it is."), folder, args, encoder)) > short > 1000
+    many = sheet_of(record("30", video=["good.mp4"] * 30), folder, args, encoder)
+    assert many.width == 1600 and many.height < 4000
+    args.max_seq_length = 100000
+    long = sheet_of(record("long", "word " * 4000, "x" * 14000), folder, args, encoder)
+    assert 160 * preview.LINE < long.height < 170 * preview.LINE + 600
+    odd = record(WIDE, WIDE * 9, WIDE, video=[records[2]["video"][0], "1.mp4", "long.mp4"], image="1.png")
+    assert sheet_of(odd, folder, args, encoder, shown=2).width == 1600
+
+
+def test_preview_runs(demo, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """By index and by id, with a training command's flags; and what it says of records that are not there or bad."""
+    flags = ["--model_id", demo / "model", "--data_path", demo / "sft_train.json", "--image_folder", demo / "videos",
+             "--video_resized_width", 64, "--video_resized_height", 64, "--nframes", 4, "--learning_rate", 1,
+             "-o", tmp_path / "a.png"]  # fmt: skip
+    code, said = run(preview, monkeypatch, capsys, *flags, "--index", 3)
+    assert code == 0 and "record train-3, 339 tokens, 8 learned" in said
+    with Image.open(tmp_path / "a.png") as picture:
+        by_index = np.asarray(picture)
+    assert run(preview, monkeypatch, capsys, *flags, "--id", "train-3")[0] == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert (np.asarray(picture) == by_index).all()
+    code, said = run(preview, monkeypatch, capsys, *flags, "--index", 24)
+    assert code == 1 and "--index 24: not one of the 24 records" in said
+    code, said = run(preview, monkeypatch, capsys, *flags, "--id", "train-99")
+    assert code == 1 and "--id train-99: not one of the 24 records" in said
+    bad = [record("a", "<video>"), record("b", video=["good.mp4", "gone.mp4"]), record("c", video="gone.mp4")]
+    (tmp_path / "bad.json").write_text(json.dumps(bad))
+    flags[3], flags[5] = tmp_path / "bad.json", folder
+    code, said = run(preview, monkeypatch, capsys, *flags)
+    assert code == 1 and "1 <video> tags for 0 videos" in said
+    code, said = run(preview, monkeypatch, capsys, *flags, "--id", "b")
+    assert code == 1 and "gone.mp4: No such file" in said
+    assert run(preview, monkeypatch, capsys, *flags, "--id", "b", "--on_bad_video", "drop_video")[0] == 0
+    code, said = run(preview, monkeypatch, capsys, *flags, "--id", "c", "--on_bad_video", "drop_video")
+    assert code == 1 and "record c is left out of training" in said and "gone.mp4" in said
