@@ -184,9 +184,10 @@ def test_demo_is_sound(demo, tmp_path, monkeypatch, capsys):  # noqa: F811
         check_data, monkeypatch, capsys, "--model_id", demo / "model", "--data_path", demo / "sft_train.json",
         "--eval_path", demo / "sft_eval.json", "--image_folder", demo / "videos", "--video_resized_width", 64,
         "--video_resized_height", 64, "--fps", 0.25, "--per_device_train_batch_size", 2, "--bf16", "True",
-        "--learning_rate", 3e-3, "--gradient_accumulation_steps", 2, "--num_train_epochs", 1.5, "--report_to", "mlflow",
-        "--output_dir", ROOT, "--attn_implementation", "varlen", "--resume_from_checkpoint", tmp_path / "none",
-        "--gpu_memory_gb", 80, "--num_processes", 3, "--num_workers", 1, "--report", tmp_path / "report.json",
+        "--learning_rate", 3e-3, "--gradient_accumulation_steps", 2, "--num_train_epochs", 1.5,
+        "--report_to", "mlflow", "--output_dir", ROOT, "--attn_implementation", "varlen",
+        "--resume_from_checkpoint", tmp_path / "none", "--gpu_memory_gb", 80, "--num_processes", 3, "--num_workers", 1,
+        "--report", tmp_path / "report.json",
     )  # fmt: skip
     assert code == 0 and "Nothing was found that would stop a run." in said, said
     report = json.loads((tmp_path / "report.json").read_text())
@@ -402,7 +403,7 @@ def small_model(tmp_path_factory):
 
     return save_tiny_model(
         str(tmp_path_factory.mktemp("small")), hidden_size=128, intermediate_size=352, num_layers=4, depth=4,
-        vision_hidden_size=96, vision_intermediate_size=256, vocab_size=2048,
+        vision_hidden_size=96, vision_intermediate_size=128, vocab_size=2048,
     )  # fmt: skip
 
 
@@ -422,7 +423,7 @@ STEPS = {  # flags, and rows of a step
 
 @pytest.mark.parametrize("name", STEPS)
 def test_predicted_memory_is_what_a_step_allocates(small_model, name):
-    """The most bytes of tensors alive in a real second step (Adam's state is there) are predicted within 10 %."""
+    """The most bytes of tensors alive in a real second step (Adam's state is there) are predicted within 5 %."""
     changed, rows = STEPS[name]
     args = mv.TrainingArguments(model_id=small_model, gradient_accumulation_steps=rows, **changed)
     model = mv.load_model(args, "cpu").train()
@@ -452,7 +453,7 @@ def test_predicted_memory_is_what_a_step_allocates(small_model, name):
             optimizer.zero_grad(set_to_none=True)
             del packed, inputs, targets, loss
     predicted = gpu_memory.MemoryModel(args, gpu_memory.read_launcher(None, None)).peak(len(ids), len(patches), 20)
-    assert (predicted["gib"] - gpu_memory.RUNTIME_GIB) * 2**30 == pytest.approx(allocated.most, rel=0.1)
+    assert (predicted["gib"] - gpu_memory.RUNTIME_GIB) * 2**30 == pytest.approx(allocated.most, rel=0.05)
 
 
 SEVEN_B = Qwen2_5_VLConfig(
