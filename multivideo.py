@@ -12,6 +12,7 @@ import argparse
 import ast
 import atexit
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -53,7 +54,7 @@ import transformers
 import xxhash
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, fsdp2_prepare_model
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -237,6 +238,10 @@ class TrainingArguments:
     )
     run_name: str | None = arg(None, "Name of the run in the trackers.")
 
+    def check(self, given: set[str]) -> list[str]:
+        """What is wrong with a trainer's own flags, as check_arguments says it of the shared ones."""
+        return []
+
 
 # Flags that mean nothing without --lora_enable, and those that an adapter's own config answers.
 ADAPTER_FLAGS = ["use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "lora_namespan_exclude",
@@ -320,7 +325,8 @@ def parse_arguments(arguments_class, argv: list[str] | None = None, unchecked: t
     (args,) = parser.parse_args_into_dataclasses(args=good, look_for_args_file=False)
     given = {group[0].split("=")[0].lstrip("-").replace("-", "_") for group in groups}
     idle = tuple(f"--{flag} " for flag in unchecked)
-    problems += [problem for problem in check_arguments(args, given) if not problem.startswith(idle)]
+    found = check_arguments(args, given) + args.check(given)
+    problems += [problem for problem in found if not problem.startswith(idle)]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         say(f"{script}: {count} with the arguments\n" + "\n".join(f"  • {problem}" for problem in problems))
@@ -360,7 +366,7 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
              "--data_path is missing: the file with the training records")  # fmt: skip
     for flag in ("data_path", "eval_path"):
         path = Path(getattr(args, flag) or ".")
-        complain(_looks_local(path) and not path.exists(), f"--{flag} {path}: no such file")
+        complain(looks_local(path) and not path.exists(), f"--{flag} {path}: no such file")
         complain(path.is_file() and path.suffix.lower() not in ("", *DATA_SUFFIXES),
                  f"--{flag} {path}: expected a file whose name ends in {', '.join(DATA_SUFFIXES)}")  # fmt: skip
     for flag in ("image_folder", "eval_image_folder"):
@@ -381,7 +387,7 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         complain(reason, f"--video_cache {args.video_cache}: {reason}: name another folder, or none")
     complain(Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file: name a folder")
     complain(
-        _looks_local(args.model_id) and not Path(args.model_id).is_dir(), f"--model_id {args.model_id}: no such folder"
+        looks_local(args.model_id) and not Path(args.model_id).is_dir(), f"--model_id {args.model_id}: no such folder"
     )
 
     complain({"fps", "nframes"} <= given, "--fps and --nframes contradict each other: give one")
@@ -523,7 +529,8 @@ def _listed(text):
     return list(names) if good else None
 
 
-def _looks_local(name):
+def looks_local(name) -> bool:
+    """Whether the name of a model or data set can only be meant as a path, and not as a hub name."""
     name = str(name)
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.lower().endswith(DATA_SUFFIXES)
 
@@ -619,7 +626,7 @@ def normalize_conversation(record: dict, where: str) -> dict:
         raise ValueError(f"{where}: a record must be an object with named fields, got {_short(record)}")
     try:
         media = {kind: [_media_part(kind, item) for item in _media_list(record, kind)] for kind in ("video", "image")}
-        messages = [_message(turn, i) for i, turn in enumerate(_turns(record))]
+        messages = [normalize_turn(turn, i) for i, turn in enumerate(_turns(record))]
         _fill_tags(messages, media)
         odd = [key for key, value in record.items() if not _absent(value) and ODD_FIELD.fullmatch(str(key))]
         if odd and all(part["type"] == "text" for message in messages for part in message["content"]):
@@ -731,8 +738,12 @@ def _part(kind, **values):
     return {**dict.fromkeys(PART), "type": kind, "files": [], **values}
 
 
-def _message(turn, i):
-    """One turn as {"role", "content"}; tags become parts without files, to be filled by _fill_tags."""
+def normalize_turn(turn: dict, i: int) -> dict:
+    """Turn number `i` as `{"role", "content"}` of the schema; tags become parts without files, to be filled.
+
+    Raises:
+        ValueError: names the turn, what was found, what was expected and the mend.
+    """
     if not isinstance(turn, dict):
         raise ValueError(f"turn {i}: expected an object, got {_short(turn)}")
     role_key = next((key for key in ("from", "role") if turn.get(key) is not None), "from")
@@ -2166,17 +2177,36 @@ def all_or_none(accelerator: Accelerator, doing: str):
         raise InputError(f"{doing}: {problem}; {INTACT}") from None
 
 
+def prepare_frozen(accelerator: Accelerator, model):
+    """A model without anything to train, on the device: split by ZeRO-3 and FSDP2, whole on every process otherwise."""
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, model)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
+        import deepspeed
+
+        config = copy.deepcopy(accelerator.deepspeed_plugin.deepspeed_config)
+        for name in ("train_batch_size", "optimizer", "scheduler"):
+            config.pop(name, None)
+        config["zero_optimization"].pop("offload_optimizer", None)
+        return deepspeed.initialize(model=model, config=config)[0]
+    return model.to(accelerator.device)
+
+
 class Engine:
     """The model with its optimizer, prepared: the same few calls for one process, DDP, DeepSpeed and FSDP2.
 
     A step is: for each row `with engine.row(last)`: forward under `engine.autocast()`, `engine.backward(loss)`; then
     `engine.step()`. Gradients are averaged over processes, so losses are scaled by `world_size / window_tokens`.
+    With `frozen` the model is only asked, never trained: a reference, split like the trained one under ZeRO-3 and FSDP2.
     """
 
-    def __init__(self, accelerator: Accelerator, model, args: TrainingArguments):
+    def __init__(self, accelerator: Accelerator, model, args: TrainingArguments, frozen: bool = False):
         self.accelerator, self.raw_model, self.args = accelerator, model, args
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.zero_stage = accelerator.state.deepspeed_plugin.zero_stage if self.deepspeed else None
+        if frozen:
+            self.model = prepare_frozen(accelerator, model.requires_grad_(False).eval())
+            return
         optimizer = make_optimizer(model, args)
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
