@@ -2178,7 +2178,7 @@ def all_or_none(accelerator: Accelerator, doing: str):
 
 
 def prepare_frozen(accelerator: Accelerator, model):
-    """A model without anything to train, on the device: split by ZeRO-3 and FSDP2, whole on every process otherwise."""
+    """A model that is not trained, on the device: split by ZeRO-3 and FSDP2, otherwise whole on every process."""
     if accelerator.is_fsdp2:
         return fsdp2_prepare_model(accelerator, model)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
@@ -2197,11 +2197,11 @@ class Engine:
 
     A step is: for each row `with engine.row(last)`: forward under `engine.autocast()`, `engine.backward(loss)`; then
     `engine.step()`. Gradients are averaged over processes, so losses are scaled by `world_size / window_tokens`.
-    With `frozen` the model is only asked, never trained: a reference, split like the trained one under ZeRO-3 and FSDP2.
+    A `frozen` model is only asked (model, raw_model, autocast): a reference, split under ZeRO-3 and FSDP2 as well.
     """
 
     def __init__(self, accelerator: Accelerator, model, args: TrainingArguments, frozen: bool = False):
-        self.accelerator, self.raw_model, self.args = accelerator, model, args
+        self.accelerator, self.raw_model, self.args, self.frozen = accelerator, model, args, frozen
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.zero_stage = accelerator.state.deepspeed_plugin.zero_stage if self.deepspeed else None
         if frozen:

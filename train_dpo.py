@@ -18,13 +18,29 @@ Launch, on a CPU or one GPU:
         --video_resized_width 64 --video_resized_height 64 --fps 0.25 --output_dir out
 """
 
+import contextlib
+import gc
+import hashlib
+import itertools
+import json
 import math
-from dataclasses import dataclass, field
+import os
+import resource
+import shutil
+import time
+import zlib
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Features, List
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
 
 import multivideo as mv
 
@@ -32,6 +48,7 @@ FEATURES = Features({**mv.CONVERSATION, "completions": List(mv.MESSAGES)})  # a 
 DPO_LOSSES = ["sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "sft"]
 METRICS = ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
            "logps/rejected"]  # fmt: skip
+REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass
@@ -243,3 +260,434 @@ def _completion(turns, name):
     if turns[-1]["role"] != "assistant":
         raise ValueError(f"{name!r}: the last turn must be the assistant's, got {turns[-1]['role']!r}")
     return turns
+
+
+# -------------------------------------------------------------------------------------------------------- reference
+
+
+def check_reference(args: DPOArguments, encoder: mv.Encoder):
+    """Make sure that the model of --ref_model_id reads the same tokens, patches and positions as the trained one.
+
+    Raises:
+        InputError: says what differs.
+    """
+    config = AutoConfig.from_pretrained(args.ref_model_id, cache_dir=args.cache_dir)
+    differ = ["model_type"] if config.model_type != encoder.config.model_type else []
+    names = ["patch_size", "temporal_patch_size", "spatial_merge_size", "window_size", "tokens_per_second"]
+    differ += [name for name in names if getattr(config.vision_config, name, None)
+               != getattr(encoder.config.vision_config, name, None)]  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(args.ref_model_id, cache_dir=args.cache_dir)
+    differ += ["the tokenizer's vocabulary"] if tokenizer.get_vocab() != encoder.tokenizer.get_vocab() else []
+    if differ:
+        raise mv.InputError(f"--ref_model_id {args.ref_model_id} cannot judge --model_id {args.model_id}, it differs "
+                            f"in {', '.join(differ)}: take a model of the same family")  # fmt: skip
+
+
+def load_reference(args: DPOArguments, device):
+    """The model as it is before training, or --ref_model_id, in the types of the trained one: the same numbers."""
+    own = replace(args, model_id=args.ref_model_id or args.model_id, gradient_checkpointing=False,
+                  lora_weight_path=None if args.ref_model_id else args.lora_weight_path)  # fmt: skip
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):  # adapters begin at random
+        model = mv.load_model(own, device)
+    return model.unload() if args.lora_enable and not own.lora_weight_path else model
+
+
+def checksum(sample: dict) -> int:
+    """CRC-32 of an encoded sample: its tokens, positions and pixels; 0 for one that was too long."""
+    names = ("input_ids", "labels", "lengths", "position_ids", "video_grid_thw", "patches")
+    crc = 0
+    for name in names if "input_ids" in sample else ():
+        crc = zlib.crc32(np.ascontiguousarray(sample[name]), crc)
+    return crc
+
+
+@torch.no_grad()
+def reference_logps(reference, row: tuple, indices: list[int], samples: list[dict]) -> torch.Tensor:
+    """Log-probabilities of the answers of a packed row under the reference: [pairs, 2].
+
+    The reference is a table of reference_tables, a frozen engine, or the trained one, whose adapter (and what is
+    trained beside it) is then put aside. `indices` are the row's records, `samples` what they became.
+
+    Raises:
+        InputError: a sample is not the one that the table was computed for.
+    """
+    inputs, targets, sequences = row
+    kept = [(i, sample) for i, sample in zip(indices, samples) if "input_ids" in sample]
+    if isinstance(reference, dict):
+        for i, sample in kept:
+            if int(reference["crc32"][i]) != checksum(sample):
+                raise mv.InputError(f"record {sample['id']}: its tokens or frames are not those whose reference log-"
+                                    "probabilities were computed (was a file replaced?): delete the ref_log_probs-* "
+                                    "file to compute them again")  # fmt: skip
+        index = torch.tensor([i for i, _ in kept], dtype=torch.long)
+        return torch.stack([reference[name][index] for name in REF_LOGPS], 1).to(targets.device)
+    model, training = reference.raw_model, reference.raw_model.training
+    model.eval()  # no dropout, no checkpointing
+    with contextlib.nullcontext() if reference.frozen else model.disable_adapter(), reference.autocast():
+        logps, _ = answer_logps(reference.model(**inputs).logits, targets, sequences, len(kept))
+    model.train(training)
+    return logps
+
+
+# Flags that change what a sample is made of, and so its log-probabilities.
+SAMPLE_FLAGS = ["system_prompt", "max_seq_length", "fps", "nframes", "min_frames", "max_frames", "max_video_tokens",
+                "bits", "quant_type", "double_quant",
+                *(f"{kind}_{name}" for kind in ("image", "video")
+                  for name in ("min_pixels", "max_pixels", "resized_width", "resized_height"))]  # fmt: skip
+SHARD_SECONDS = 30  # at most this much of the reference's work is lost in a break
+
+
+def reference_settings(args: DPOArguments, data_path: str, folder: str, encoder: mv.Encoder, records) -> dict:
+    """All that the reference's log-probabilities of a data set depend on: model, data and settings."""
+    source = args.ref_model_id or args.model_id
+    run = mv.run_identity(replace(args, model_id=source, data_path=data_path), encoder, records, 0)
+    folders = [Path(source)] + [Path(args.lora_weight_path)] * bool(args.lora_weight_path and not args.ref_model_id)
+    files = [file for path in folders for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))
+             if not file.name.startswith("ref_log_probs-")]  # fmt: skip
+    weights = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    if not Path(source).is_dir():
+        weights.append(AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)._commit_hash)
+    kept = {key: run[key] for key in ("model", "data file (SHA-256)", "records", "precision")}
+    flags = {flag: getattr(args, flag) for flag in SAMPLE_FLAGS}
+    return {**kept, "weights": weights, "videos": str(Path(folder).resolve()), "launched with DeepSpeed":
+            mv.launched_with("deepspeed"), **flags}  # fmt: skip
+
+
+def find_table(path: Path, settings: dict) -> dict | None:
+    """The table in a file that precompute wrote, if it is there and whole; else says why there is none."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        for file in sorted(path.parent.iterdir()):
+            if file.suffix == path.suffix and file.name.startswith(path.name.rsplit("-", 1)[0] + "-"):
+                with safe_open(file, "pt") as opened:
+                    other = json.loads(opened.metadata()["settings"])
+                differ = [f"{key}: {other.get(key)} there, {value} here" for key, value in settings.items()
+                          if other.get(key) != value]  # fmt: skip
+                mv.say(f"{file} is not for this run; these differ:\n  • " + "\n  • ".join(differ))
+    except SafetensorError as error:
+        mv.say(f"{path} is damaged ({error}): it is computed again")
+    return None
+
+
+def write_tensors(path: Path, tensors: dict, settings: dict):
+    """Write a safetensors file aside, then rename: the file is never half there."""
+    aside = path.with_name(f".{path.name}.aside")
+    save_file(tensors, aside, {"settings": json.dumps(settings)})
+    os.replace(aside, path)
+
+
+def read_parts(folder: Path, table: dict):
+    """Fill a table with the parts in a folder, which a computation has left there."""
+    for file in sorted(folder.glob("[0-9]*.safetensors")):
+        part = load_file(file)
+        index = part.pop("index")
+        for name, values in part.items():
+            table[name][index] = values
+
+
+def precompute(reference: mv.Engine, stream, records, folder: str, encoder, path: Path, settings: dict) -> dict | None:
+    """Compute and write the table of a data set, which the main process returns: REF_LOGPS and `crc32` of [records].
+
+    Each process writes what it has every SHARD_SECONDS; a computation that was broken off goes on from there, with any
+    number of processes. Every process must call it.
+    """
+    accelerator, parts = reference.accelerator, path.with_suffix(".parts")
+    rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    table = {"crc32": torch.full([len(records)], -1), **{name: torch.zeros(len(records)) for name in REF_LOGPS}}
+    if is_main:
+        parts.mkdir(parents=True, exist_ok=True)
+        read_parts(parts, table)
+    (todo,) = broadcast_object_list([(table["crc32"] < 0).nonzero()[:, 0].tolist()])
+    mv.say(f"reference log-probabilities: {len(todo)} of {len(records)} pairs to compute for {path}")
+    rows = mv.micro_batches(todo, reference.args.per_device_eval_batch_size, rank, world_size)
+    bar = tqdm(total=len(rows), desc="reference", disable=not is_main)
+    done, written = [], time.monotonic()
+    for k, (indices, samples) in enumerate(zip(rows, stream.batches(records, rows, folder))):
+        row = mv.pack(samples, encoder, accelerator.device)
+        logps = iter(reference_logps(reference, row, indices, samples).tolist())
+        done += [(i, checksum(sample), *(next(logps) if "input_ids" in sample else (0.0, 0.0)))
+                 for i, sample in zip(indices, samples)]  # fmt: skip
+        if done and (k == len(rows) - 1 or time.monotonic() > written + SHARD_SECONDS):
+            columns = [torch.tensor(column) for column in zip(*done)]
+            part = dict(zip(("index", "crc32", *REF_LOGPS), columns))
+            write_tensors(parts / f"{done[0][0]}.safetensors", part, settings)
+            done, written = [], time.monotonic()
+        bar.update()
+    bar.close()
+    accelerator.wait_for_everyone()
+    if not is_main:
+        return None
+    read_parts(parts, table)
+    assert (table["crc32"] >= 0).all(), "a process has not written its part"
+    write_tensors(path, table, settings)
+    shutil.rmtree(parts)
+    return table
+
+
+def reference_tables(accelerator, stream, data_sets, encoder, args: DPOArguments) -> list[dict | None]:
+    """The reference's log-probabilities of each data set (records or None, path, folder), found or else computed."""
+    reference, tables = None, []
+    directory = Path(args.ref_log_probs_dir or args.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    for records, data_path, folder in data_sets:
+        table = None
+        if records is not None:
+            settings = reference_settings(args, data_path, folder, encoder, records)
+            key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+            path = directory / f"ref_log_probs-{Path(data_path).stem}-{key}.safetensors"
+            (table,) = broadcast_object_list([find_table(path, settings) if accelerator.is_main_process else None])
+            if table is None:
+                reference = reference or mv.Engine(accelerator, load_reference(args, accelerator.device), args, True)
+                table = precompute(reference, stream, records, folder, encoder, path, settings)
+            (table,) = broadcast_object_list([table])
+        tables.append(table)
+    del reference  # its memory is the trained model's now
+    gc.collect()
+    torch.cuda.empty_cache()
+    return tables
+
+
+@torch.no_grad()
+def evaluate(engine, reference, stream, records, encoder, args, caught) -> dict | None:
+    """Loss and METRICS over all of `records`: `{"eval_loss", "eval_rewards/chosen", …, "eval_tokens"}`.
+
+    None if a process was asked to stop meanwhile.
+    """
+    model, accelerator = engine.model, engine.accelerator
+    model.eval()
+    rows = mv.micro_batches(list(range(len(records))), args.per_device_eval_batch_size,
+                            accelerator.process_index, accelerator.num_processes)  # fmt: skip
+    # pairs, tokens, tokens of the chosen answers, losses, metrics
+    sums = torch.zeros(3 + len(args.dpo_loss) + len(METRICS), dtype=torch.float64, device=accelerator.device)
+    bar = tqdm(total=len(rows), desc="eval", leave=False, disable=not accelerator.is_main_process)
+    for indices, samples in zip(rows, stream.batches(records, rows, args.eval_image_folder)):
+        if mv.stop_asked(accelerator, caught):
+            return None
+        inputs, targets, sequences = row = mv.pack(samples, encoder, accelerator.device)
+        ref_logps = reference_logps(reference, row, indices, samples)
+        with engine.autocast():
+            logps, lengths = answer_logps(model(**inputs).logits, targets, sequences, len(ref_logps))
+        counts = torch.tensor([len(ref_logps), len(targets), 0], device=sums.device)
+        counts[2] = lengths[:, 0].sum()
+        losses, metrics = loss_sums(logps, ref_logps, lengths, args), metric_sums(logps, ref_logps, args.beta)
+        sums += torch.cat([counts, losses, metrics])
+        bar.update()
+    bar.close()
+    model.train()
+    pairs, tokens, chosen_tokens, *sums = accelerator.reduce(sums).tolist()
+    scales = loss_scales(args, pairs, chosen_tokens)
+    metrics = {f"eval_{name}": total / max(pairs, 1) for name, total in zip(METRICS, sums[len(scales) :])}
+    loss = sum(total * scale for total, scale in zip(sums, scales))
+    return {"eval_loss": loss, **metrics, "eval_samples": int(pairs), "eval_tokens": int(tokens)}
+
+
+def main():
+    args = mv.parse_arguments(DPOArguments)
+    trackers = [name for name in args.report_to if name != "none"]
+    accelerator = mv.make_accelerator(args)
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics_path = output_dir / "metrics.jsonl"
+
+    # ---- data: everything that can be wrong with it is said before any weight is loaded
+    here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
+    args.image_folder = args.image_folder or str(here)
+    args.eval_image_folder = args.eval_image_folder or args.image_folder
+    with accelerator.main_process_first():
+        records = mv.load_records(args.data_path, normalize_record, FEATURES)
+        eval_records = mv.load_records(args.eval_path, normalize_record, FEATURES) if args.eval_path else None
+    encoder = mv.Encoder(args.model_id, args)
+    stream = mv.SampleStream(encoder, args)
+    batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
+    samples_per_step = batch_size * args.gradient_accumulation_steps * world_size
+    total_steps = mv.count_steps(len(records), samples_per_step, args)
+
+    # ---- reference: numbers from a file, the trained model without its new adapter, or a frozen model
+    if args.ref_model_id:
+        check_reference(args, encoder)
+    adapter_is_new = args.lora_enable and not args.lora_weight_path
+    reference = eval_reference = None
+    if args.precompute_ref_log_probs:
+        data_sets = [
+            (records, args.data_path, args.image_folder),
+            (eval_records, args.eval_path, args.eval_image_folder),
+        ]
+        reference, eval_reference = reference_tables(accelerator, stream, data_sets, encoder, args)
+    elif args.ref_model_id or not adapter_is_new:
+        reference = eval_reference = mv.Engine(
+            accelerator, load_reference(args, accelerator.device), args, frozen=True
+        )
+
+    # ---- model and optimizer
+    resumed = mv.find_checkpoint(args)
+    engine = mv.Engine(accelerator, mv.load_model(args, accelerator.device, resumed), args)
+    model, raw_model = engine.model, engine.raw_model
+    if reference is None:
+        reference = eval_reference = engine
+
+    # ---- resume: `state` is everything that is not a tensor
+    state = {
+        "step": 0, "samples_seen": 0, "bad_steps": 0, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
+        "eval_due": False, "save_due": False, "run": mv.run_identity(args, encoder, records, samples_per_step),
+    }  # fmt: skip
+    state["run"]["reference"] = args.ref_model_id or args.lora_weight_path or args.model_id
+    if resumed:
+        state = mv.restore_checkpoint(resumed, engine, state)
+    if is_main:
+        for name in ("metrics.jsonl", "bad_steps.jsonl"):
+            mv.cut_jsonl(output_dir / name, state["step"])
+        mv.write_json(output_dir / "arguments.json", asdict(args))
+    if trackers:
+        config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
+        names = {"wandb": {"name": args.run_name}} if args.run_name else {}
+        accelerator.init_trackers(output_dir.name, config, names)
+    if is_main:
+        mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
+
+    # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
+    windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"])
+    windows = itertools.islice(windows, max(0, total_steps - state["step"]))
+    rank = accelerator.process_index
+    steps = stream.steps(records, windows, batch_size, rank, world_size, args.image_folder)
+    bar = tqdm(total=total_steps, initial=state["step"], desc="train", disable=not is_main)
+    model.train()
+    caught, saved_step = mv.catch_signals(), None
+    while True:
+        epoch = state["samples_seen"] / len(records)
+        if state["eval_due"]:
+            result = evaluate(engine, eval_reference, stream, eval_records, encoder, args, caught)
+            if stop := result is None:
+                break
+            improved = mv.judge(state, result, args)
+            state["eval_due"] = False
+            state["save_due"] = state["save_due"] or (improved and args.load_best_model_at_end)
+            if improved and state["save_due"]:
+                state["best_checkpoint"] = f"checkpoint-{state['step']}"
+            if is_main:
+                mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
+                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
+            if trackers:
+                accelerator.log(result, state["step"])
+        if state["save_due"]:
+            state["save_due"], saved_step = False, state["step"]
+            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+            if is_main:
+                mv.prune_checkpoints(args.output_dir, args.save_total_limit, state["best_checkpoint"])
+        early = 0 < args.early_stopping_patience <= state["evals_without_gain"]
+        if early or state["step"] >= total_steps:
+            break
+
+        # ---- data, and the exchange that keeps the processes together
+        started = time.perf_counter()
+        window, samples_seen, rows = next(steps)
+        data_wait = time.perf_counter() - started
+        packed = [mv.pack(samples, encoder, accelerator.device) for samples in rows]
+        encoded = [sample for samples in rows for sample in samples]
+        kept = [sample for sample in encoded if "input_ids" in sample]
+        counts = {
+            "samples": len(kept),
+            "skipped_samples": len(encoded) - len(kept),
+            "shrunk_samples": sum(sample["shrunk"] for sample in kept),
+            "videos": sum(sample["num_videos"] for sample in kept),
+            "images": sum(sample["num_images"] for sample in kept),
+            "tokens": sum(sample["num_tokens"] for sample in kept),
+            "supervised_tokens": sum(len(targets) for _, targets, _ in packed),
+            "chosen_tokens": sum(int((sequences % 2 == 0).sum()) for _, _, sequences in packed),
+        }
+        counts, stop = mv.exchange(accelerator, state, window, counts, caught)
+        if stop:
+            break
+        scales = torch.tensor(loss_scales(args, counts["samples"], counts["chosen_tokens"]), device=accelerator.device)
+        mine = mv.micro_batches(window, batch_size, rank, world_size)
+
+        # ---- forward, backward, step
+        factor = mv.lr_factor(state["step"], total_steps, args)
+        engine.set_learning_rate(factor)
+        step_sums = torch.zeros(1 + len(METRICS), device=accelerator.device)  # loss, metrics
+        for k, (row, indices, samples) in enumerate(zip(packed, mine, rows)):
+            last = k == len(packed) - 1
+            inputs, targets, sequences = row
+            ref_logps = reference_logps(reference, row, indices, samples)  # [pairs, 2]
+            with engine.row(last):
+                with engine.autocast():
+                    logps, lengths = answer_logps(model(**inputs).logits, targets, sequences, len(ref_logps))
+                    # Gradients are averaged over processes: times world_size makes it the sum over the window.
+                    loss = (loss_sums(logps, ref_logps, lengths, args) * scales).sum() * world_size
+                metrics = metric_sums(logps.detach(), ref_logps, args.beta)
+                step_sums += torch.cat([loss.detach()[None] / world_size, metrics / max(counts["samples"], 1)])
+                if last:
+                    step_sums = accelerator.reduce(step_sums)
+                    loss_finite = bool(torch.isfinite(step_sums[0]))
+                    loss = loss if loss_finite else loss * math.nan  # then no process updates anything
+                engine.backward(loss)
+        grad_norm, overflow = engine.step()
+        bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
+        state["step"], state["samples_seen"] = state["step"] + 1, samples_seen
+        state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
+
+        # ---- log
+        seconds = time.perf_counter() - started
+        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
+        row = {
+            "step": state["step"],
+            "epoch": round(samples_seen / len(records), 6),
+            "loss": float(step_sums[0]),
+            **dict(zip(METRICS, step_sums[1:].tolist())),
+            "learning_rate": args.learning_rate * factor,
+            "grad_norm": grad_norm,
+            **counts,
+            "records_crc32": zlib.crc32(json.dumps(window).encode()),
+            "step_seconds": round(seconds, 4),
+            "data_wait_seconds": round(data_wait, 4),
+            "max_memory_gb": round(memory, 3),
+        }
+        if bad or overflow:
+            row["not_finite"] = "loss" if not loss_finite else "gradient"
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        if is_main:
+            mv.append_jsonl(metrics_path, row)
+            if bad:
+                mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
+        if trackers and state["step"] % args.logging_steps == 0:
+            accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
+        bar.set_postfix_str(
+            f"loss {float(step_sums[0]):.4f}, {counts['samples'] / seconds:.1f} samples/s, "
+            f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}"
+        )
+        bar.update()
+        if state["bad_steps"] >= args.max_bad_steps:
+            mv.stop_all(accelerator, f"{args.max_bad_steps} steps in a row had a loss or gradient that is not finite; "
+                        f"the newest checkpoint has the last good weights. Their records and files are in "
+                        f"{output_dir / 'bad_steps.jsonl'}")  # fmt: skip
+
+        # ---- what is due now
+        ends_epoch, ends = samples_seen % len(records) == 0, state["step"] >= total_steps
+        due = {"no": False, "steps": state["step"] % (args.eval_steps or args.logging_steps) == 0, "epoch": ends_epoch}
+        state["eval_due"] = args.eval_strategy != "no" and (due[args.eval_strategy] or ends)
+        due = {"no": False, "steps": state["step"] % args.save_steps == 0, "epoch": ends_epoch}
+        state["save_due"] = due[args.save_strategy]
+
+    # ---- the end: asked to stop, or done
+    bar.close()
+    steps.close()
+    stream.close()
+    if stop:
+        if state["step"] != saved_step:
+            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+        mv.say(f"stopped by a signal after step {state['step']}: go on with --resume_from_checkpoint auto")
+        accelerator.end_training()
+        raise SystemExit(143)
+    if early:
+        mv.say(f"stopped early: {state['evals_without_gain']} evaluations without improvement")
+    best = state["best_checkpoint"] if args.load_best_model_at_end else None
+    mv.publish_model(args.output_dir, engine, encoder.processor, best)
+    mv.say(f"saved {best or 'the last step'} to {output_dir}; every step is in {metrics_path}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    mv.run(main)

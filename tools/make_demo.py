@@ -6,6 +6,7 @@ writes
     demo/model            random weights, about 1 MB, with a real processor for `AutoProcessor.from_pretrained`
     demo/videos/*.mp4     short H.264 clips: a moving texture, mixed sizes, frame rates and lengths
     demo/sft_train.json   records of 30 videos each; demo/sft_eval.json shares neither a file nor any content with it
+    demo/dpo_train.json   the same records as pairs: the right answer is preferred to a wrong one; demo/dpo_eval.json
     demo/demo.json        the settings, written last: a directory that has it is complete and is not made again
 
 The question of every record is which colour the one clip has that is not grey. Six colours occur equally often, and
@@ -219,6 +220,18 @@ def make_split(split, directory, num_records, videos_per_sample, num_grey, num_p
     return [{"id": f"{split}-{i}", **record} for i, record in enumerate(records)]
 
 
+def make_pairs(records, seed):
+    """The same questions with two answers: the right one is chosen, one of the five wrong ones is rejected."""
+    rng = random.Random(f"pairs {seed}")
+    pairs = []
+    for record in records:
+        question, answer = (turn["value"] for turn in record["conversations"])
+        wrong = rng.choice([other for other in map(ANSWER.format, COLOURS) if other != answer])
+        pairs.append({"id": record["id"], "video": record["video"], "prompt": question, "chosen": answer,
+                      "rejected": wrong})  # fmt: skip
+    return pairs
+
+
 def write_json(path, value):
     """Write `value` aside and rename, so that a file of that name is always whole."""
     aside = path.with_name(path.name + ".partial")
@@ -253,6 +266,8 @@ def make_demo(output_dir, *, num_train=None, num_eval=None, videos_per_sample=30
     held_out = make_split("eval", videos, num_eval, videos_per_sample, num_grey, num_per_colour, seed)
     write_json(output_dir / "sft_train.json", train)
     write_json(output_dir / "sft_eval.json", held_out)
+    write_json(output_dir / "dpo_train.json", make_pairs(train, seed))
+    write_json(output_dir / "dpo_eval.json", make_pairs(held_out, seed))
     write_json(done, settings)
     size = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
     print(
