@@ -106,8 +106,17 @@ class DPOArguments(mv.TrainingArguments):
                  "--dpo_loss exo_pair takes the log of --label_smoothing: give 1e-3 (the paper's) or so")  # fmt: skip
         complain(self.ref_log_probs_dir and not self.precompute_ref_log_probs,
                  "--ref_log_probs_dir needs --precompute_ref_log_probs True")  # fmt: skip
-        complain(self.ref_model_id and mv.looks_local(self.ref_model_id) and not Path(self.ref_model_id).is_dir(),
+        complain(Path(self.ref_log_probs_dir or ".").is_file(),
+                 f"--ref_log_probs_dir {self.ref_log_probs_dir} is a file: name a folder")  # fmt: skip
+        folder = Path(self.ref_model_id or ".")
+        complain(self.ref_model_id and mv.looks_local(self.ref_model_id) and not folder.is_dir(),
                  f"--ref_model_id {self.ref_model_id}: no such folder")  # fmt: skip
+        if self.ref_model_id and folder.is_dir() and not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
+            problems.append(
+                f"--ref_model_id {folder} is no model: "
+                + ("merge that adapter into its base first" if adapter else "no config.json there")
+            )
         return problems
 
 
@@ -192,7 +201,7 @@ def normalize_record(record: dict, where: str) -> dict:
         if len(prompts) > 1:
             raise ValueError(f"fields {' and '.join(map(repr, prompts))} are both there: keep the one with the prompt")
         prompt = record[prompts[0]] if prompts else None
-        if any(_role(answer[0]) != "assistant" for answer in answers):
+        if all(_role(answer[0]) != "assistant" for answer in answers):
             answers, prompt = _split(answers, prompt)
         elif prompt is None:
             raise ValueError("field 'prompt' is missing: give it, or begin 'chosen' and 'rejected' with its turns")
@@ -249,9 +258,9 @@ def _completion(turns, name):
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
     for i, turn in enumerate(turns):
-        if media := [part["type"] for part in turn["content"] if part["type"] != "text"]:
-            raise ValueError(f"{name!r}: turn {i} has a {media[0]}: videos and images belong in the prompt, which "
-                             "both answers share")  # fmt: skip
+        if any(part["type"] != "text" for part in turn["content"]):
+            raise ValueError(f"{name!r}: turn {i} holds a video or image: they belong in the prompt, which both "
+                             "answers share")  # fmt: skip
         if turn["role"] != ("user" if i % 2 else "assistant"):
             raise ValueError(f"{name!r}: turn {i} is of {turn['role']!r}; assistant and user turns must alternate, "
                              "the assistant's first")  # fmt: skip
@@ -301,26 +310,34 @@ def checksum(sample: dict) -> int:
     return crc
 
 
+def comparable(reference, indices: list[int], samples: list[dict]) -> list[dict]:
+    """The samples of a row, less those of which a file has gone bad since the reference's table was computed.
+
+    Raises:
+        InputError: a sample is another one than the table was computed for, and not for that reason.
+    """
+    samples = list(samples)
+    for k, (i, sample) in enumerate(zip(indices, samples)):
+        if isinstance(reference, dict) and "input_ids" in sample and int(reference["crc32"][i]) != checksum(sample):
+            if not sample["bad"]:
+                raise mv.InputError(f"record {sample['id']}: its tokens or frames are not those whose reference log-"
+                                    "probabilities were computed (was a file replaced?): delete the ref_log_probs-* "
+                                    "file to compute them again")  # fmt: skip
+            samples[k] = {key: value for key, value in sample.items() if key != "input_ids"}  # left out and counted
+    return samples
+
+
 @torch.no_grad()
 def reference_logps(reference, row: tuple, indices: list[int], samples: list[dict]) -> torch.Tensor:
     """Log-probabilities of the answers of a packed row under the reference: [pairs, 2].
 
     The reference is a table of reference_tables, a frozen engine, or the trained one, whose adapter (and what is
     trained beside it) is then put aside. `indices` are the row's records, `samples` what they became.
-
-    Raises:
-        InputError: a sample is not the one that the table was computed for.
     """
     inputs, targets, sequences = row
-    kept = [(i, sample) for i, sample in zip(indices, samples) if "input_ids" in sample]
+    kept = [i for i, sample in zip(indices, samples) if "input_ids" in sample]
     if isinstance(reference, dict):
-        for i, sample in kept:
-            if int(reference["crc32"][i]) != checksum(sample):
-                raise mv.InputError(f"record {sample['id']}: its tokens or frames are not those whose reference log-"
-                                    "probabilities were computed (was a file replaced?): delete the ref_log_probs-* "
-                                    "file to compute them again")  # fmt: skip
-        index = torch.tensor([i for i, _ in kept], dtype=torch.long)
-        return torch.stack([reference[name][index] for name in REF_LOGPS], 1).to(targets.device)
+        return torch.stack([reference[name][kept] for name in REF_LOGPS], 1).to(targets.device)
     model, training = reference.raw_model, reference.raw_model.training
     model.eval()  # no dropout, no checkpointing
     with contextlib.nullcontext() if reference.frozen else model.disable_adapter(), reference.autocast():
@@ -334,6 +351,7 @@ SAMPLE_FLAGS = ["system_prompt", "max_seq_length", "fps", "nframes", "min_frames
                 "bits", "quant_type", "double_quant",
                 *(f"{kind}_{name}" for kind in ("image", "video")
                   for name in ("min_pixels", "max_pixels", "resized_width", "resized_height"))]  # fmt: skip
+TYPE_FLAGS = ["freeze_llm", "freeze_merger", "freeze_vision_tower", "unfreeze_topk_llm", "unfreeze_topk_vision"]
 SHARD_SECONDS = 30  # at most this much of the reference's work is lost in a break
 
 
@@ -341,14 +359,15 @@ def reference_settings(args: DPOArguments, data_path: str, folder: str, encoder:
     """All that the reference's log-probabilities of a data set depend on: model, data and settings."""
     source = args.ref_model_id or args.model_id
     run = mv.run_identity(replace(args, model_id=source, data_path=data_path), encoder, records, 0)
-    folders = [Path(source)] + [Path(args.lora_weight_path)] * bool(args.lora_weight_path and not args.ref_model_id)
-    files = [file for path in folders for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))
+    folders = [source] if args.ref_model_id or not args.lora_weight_path else [source, args.lora_weight_path]
+    files = [file for path in map(Path, folders) for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))
              if not file.name.startswith("ref_log_probs-")]  # fmt: skip
     weights = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     if not Path(source).is_dir():
         weights.append(AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)._commit_hash)
     kept = {key: run[key] for key in ("model", "data file (SHA-256)", "records", "precision")}
-    flags = {flag: getattr(args, flag) for flag in SAMPLE_FLAGS}
+    # Under autocast frozen parts have another type than trained ones.
+    flags = {flag: getattr(args, flag) for flag in SAMPLE_FLAGS + TYPE_FLAGS * bool(mv.autocast_dtype(args))}
     return {**kept, "weights": weights, "videos": str(Path(folder).resolve()), "launched with DeepSpeed":
             mv.launched_with("deepspeed"), **flags}  # fmt: skip
 
@@ -464,6 +483,7 @@ def evaluate(engine, reference, stream, records, encoder, args, caught) -> dict 
     for indices, samples in zip(rows, stream.batches(records, rows, args.eval_image_folder)):
         if mv.stop_asked(accelerator, caught):
             return None
+        samples = comparable(reference, indices, samples)
         inputs, targets, sequences = row = mv.pack(samples, encoder, accelerator.device)
         ref_logps = reference_logps(reference, row, indices, samples)
         with engine.autocast():
@@ -530,8 +550,9 @@ def main():
 
     # ---- resume: `state` is everything that is not a tensor
     state = {
-        "step": 0, "samples_seen": 0, "bad_steps": 0, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
-        "eval_due": False, "save_due": False, "run": mv.run_identity(args, encoder, records, samples_per_step),
+        "step": 0, "samples_seen": 0, "bad_steps": 0, "bad_videos": 0, "all_videos": 0, "eval_due": False,
+        "save_due": False, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
+        "run": mv.run_identity(args, encoder, records, samples_per_step),
     }  # fmt: skip
     state["run"]["reference"] = args.ref_model_id or args.lora_weight_path or args.model_id
     if resumed:
@@ -545,7 +566,7 @@ def main():
         names = {"wandb": {"name": args.run_name}} if args.run_name else {}
         accelerator.init_trackers(output_dir.name, config, names)
     if is_main:
-        mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
+        mv.describe_run(args, raw_model, stream, records, total_steps, world_size)
 
     # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
     windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"])
@@ -584,6 +605,8 @@ def main():
         started = time.perf_counter()
         window, samples_seen, rows = next(steps)
         data_wait = time.perf_counter() - started
+        mine = mv.micro_batches(window, batch_size, rank, world_size)
+        rows = [comparable(reference, indices, samples) for indices, samples in zip(mine, rows)]
         packed = [mv.pack(samples, encoder, accelerator.device) for samples in rows]
         encoded = [sample for samples in rows for sample in samples]
         kept = [sample for sample in encoded if "input_ids" in sample]
@@ -593,6 +616,7 @@ def main():
             "shrunk_samples": sum(sample["shrunk"] for sample in kept),
             "videos": sum(sample["num_videos"] for sample in kept),
             "images": sum(sample["num_images"] for sample in kept),
+            "bad_videos": sum(len(sample["bad"]) for sample in encoded),
             "tokens": sum(sample["num_tokens"] for sample in kept),
             "supervised_tokens": sum(len(targets) for _, targets, _ in packed),
             "chosen_tokens": sum(int((sequences % 2 == 0).sum()) for _, _, sequences in packed),
@@ -600,17 +624,17 @@ def main():
         counts, stop = mv.exchange(accelerator, state, window, counts, caught)
         if stop:
             break
+        mv.check_bad_ratio(accelerator, args, state, counts)
         scales = torch.tensor(loss_scales(args, counts["samples"], counts["chosen_tokens"]), device=accelerator.device)
-        mine = mv.micro_batches(window, batch_size, rank, world_size)
 
         # ---- forward, backward, step
         factor = mv.lr_factor(state["step"], total_steps, args)
         engine.set_learning_rate(factor)
         step_sums = torch.zeros(1 + len(METRICS), device=accelerator.device)  # loss, metrics
-        for k, (row, indices, samples) in enumerate(zip(packed, mine, rows)):
+        for k, (packed_row, indices, samples) in enumerate(zip(packed, mine, rows)):
             last = k == len(packed) - 1
-            inputs, targets, sequences = row
-            ref_logps = reference_logps(reference, row, indices, samples)  # [pairs, 2]
+            inputs, targets, sequences = packed_row
+            ref_logps = reference_logps(reference, packed_row, indices, samples)  # [pairs, 2]
             with engine.row(last):
                 with engine.autocast():
                     logps, lengths = answer_logps(model(**inputs).logits, targets, sequences, len(ref_logps))
