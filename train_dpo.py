@@ -282,7 +282,7 @@ def check_reference(args: DPOArguments, encoder: mv.Encoder):
     """
     config = AutoConfig.from_pretrained(args.ref_model_id, cache_dir=args.cache_dir)
     differ = ["model_type"] if config.model_type != encoder.config.model_type else []
-    names = ["patch_size", "temporal_patch_size", "spatial_merge_size", "window_size", "tokens_per_second"]
+    names = ["patch_size", "temporal_patch_size", "spatial_merge_size", "tokens_per_second"]
     differ += [name for name in names if getattr(config.vision_config, name, None)
                != getattr(encoder.config.vision_config, name, None)]  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(args.ref_model_id, cache_dir=args.cache_dir)
@@ -360,8 +360,8 @@ def reference_settings(args: DPOArguments, data_path: str, folder: str, encoder:
     source = args.ref_model_id or args.model_id
     run = mv.run_identity(replace(args, model_id=source, data_path=data_path), encoder, records, 0)
     folders = [source] if args.ref_model_id or not args.lora_weight_path else [source, args.lora_weight_path]
-    files = [file for path in map(Path, folders) for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))
-             if not file.name.startswith("ref_log_probs-")]  # fmt: skip
+    files = [file for path in map(Path, folders) if path.is_dir() for file in sorted(path.iterdir())
+             if file.suffix in (".safetensors", ".bin") and not file.name.startswith("ref_log_probs-")]  # fmt: skip
     weights = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     if not Path(source).is_dir():
         weights.append(AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)._commit_hash)

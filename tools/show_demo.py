@@ -1,9 +1,11 @@
 """Answer the demo's held-out questions before and after training, with nothing but plain transformers.
 
     python tools/show_demo.py demo
+    python tools/show_demo.py demo --pairs
 
-loads demo/model and demo/out with `from_pretrained`, answers every record of demo/sft_eval.json greedily, prints both
-accuracies and some answers, and draws demo/loss.png from demo/out/metrics.jsonl.
+The first loads demo/model and demo/out with `from_pretrained`, answers every record of demo/sft_eval.json greedily,
+prints both accuracies and some answers, and draws demo/loss.png from demo/out/metrics.jsonl. The second says how often
+demo/model and demo/out_dpo find the right answer of a pair of demo/dpo_eval.json likelier than the wrong one.
 """
 
 import argparse
@@ -23,37 +25,67 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
+def load(model_path: str):
+    """A saved model and its processor, as anyone would load them."""
+    return AutoModelForImageTextToText.from_pretrained(model_path).eval(), AutoProcessor.from_pretrained(model_path)
+
+
+def prepare(rows: list[dict], endings: list[str], processor, folder: str, args, clips: dict):
+    """The processor's tensors for the first user turn of each normal record with its ending behind, padded left.
+
+    `clips` keeps what was decoded: a clip stands in many records.
+    """
+    texts, videos, metadata = [], [], []
+    for row, ending in zip(rows, endings):
+        content = []
+        for part in row["messages"][0]["content"]:
+            content.append({"type": part["type"], "text": part["text"]})
+            if part["type"] == "video":
+                path = part["files"][0]
+                if path not in clips:
+                    clips[path] = mv.load_clip(part, folder, args, 28)[:2]
+                frames, fps = clips[path]
+                videos.append(frames)
+                metadata.append({"fps": fps, "total_num_frames": len(frames), "frames_indices": range(len(frames))})
+        chat = [{"role": "user", "content": content}]
+        texts.append(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + ending)
+    return processor(
+        text=texts, videos=videos, video_metadata=metadata, do_resize=False, do_sample_frames=False,
+        padding=True, padding_side="left", return_tensors="pt",
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def answer(model_path: str, rows: list[dict], folder: str, args, batch_size: int = 10) -> list[str]:
-    """Greedy answers of a saved model to the first user turn of each normal record, one string per record."""
-    model = AutoModelForImageTextToText.from_pretrained(model_path).eval()
-    processor = AutoProcessor.from_pretrained(model_path)
-    factor = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
-    clips, answers = {}, []  # a clip stands in many records and is decoded once
+    """Greedy answers of a saved model to normal records, one string per record."""
+    (model, processor), clips, answers = load(model_path), {}, []
     for start in tqdm(range(0, len(rows), batch_size), desc=f"answers of {model_path}", leave=False):
-        texts, videos, metadata = [], [], []
-        for row in rows[start : start + batch_size]:
-            content = []
-            for part in row["messages"][0]["content"]:
-                content.append({"type": part["type"], "text": part["text"]})
-                if part["type"] == "video":
-                    path = part["files"][0]
-                    if path not in clips:
-                        clips[path] = mv.load_clip(part, folder, args, factor)[:2]
-                    frames, fps = clips[path]
-                    videos.append(frames)
-                    metadata.append(
-                        {"fps": fps, "total_num_frames": len(frames), "frames_indices": range(len(frames))}
-                    )
-            chat = [{"role": "user", "content": content}]
-            texts.append(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        inputs = processor(
-            text=texts, videos=videos, video_metadata=metadata, do_resize=False, do_sample_frames=False,
-            padding=True, padding_side="left", return_tensors="pt",
-        )  # fmt: skip
+        batch = rows[start : start + batch_size]
+        inputs = prepare(batch, [""] * len(batch), processor, folder, args, clips)
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]
+
+
+@torch.no_grad()
+def preferences(model_path: str, rows: list[dict], folder: str, args, batch_size: int = 5) -> list[float]:
+    """log p(chosen) − log p(rejected) of each normal pair under a saved model, in nats."""
+    (model, processor), clips, differences = load(model_path), {}, []
+    for start in tqdm(range(0, len(rows), batch_size), desc=f"preferences of {model_path}", leave=False):
+        batch = [row for row in rows[start : start + batch_size] for _ in range(2)]
+        endings = [text(row["completions"][i % 2][0]) + "<|im_end|>" for i, row in enumerate(batch)]
+        inputs = prepare(batch, endings, processor, folder, args, clips)
+        logps = model(**inputs).logits[:, :-1].log_softmax(-1)
+        logps = logps.gather(2, inputs["input_ids"][:, 1:, None])[:, :, 0]
+        lengths = [len(processor.tokenizer.encode(ending)) for ending in endings]
+        sums = [row[-length:].sum().item() for row, length in zip(logps, lengths)]
+        differences += [chosen - rejected for chosen, rejected in zip(sums[::2], sums[1::2])]
+    return differences
+
+
+def text(message: dict) -> str:
+    """The text of a normal message, without its videos."""
+    return "".join(part["text"] or "" for part in message["content"])
 
 
 def draw_loss(metrics_path: Path, picture: Path):
@@ -71,20 +103,50 @@ def draw_loss(metrics_path: Path, picture: Path):
     figure.savefig(picture, dpi=120)
 
 
+def show_pairs(demo: Path):
+    """Print how often the right answer is the likelier one, before and after train_dpo.py."""
+    from train_dpo import FEATURES, normalize_record
+
+    args, folder = settings_of(demo / "out_dpo")
+    rows = list(mv.load_records(str(demo / "dpo_eval.json"), normalize_record, FEATURES))
+    found = {name: preferences(str(demo / name), rows, folder, args) for name in ("model", "out_dpo")}
+    score = {name: sum(difference > 0 for difference in differences) / len(rows)
+             for name, differences in found.items()}  # fmt: skip
+    print(f"\n{len(rows)} held-out pairs of answers, 30 videos each. Question: {text(rows[0]['messages'][0])}")
+    for row, difference in list(zip(rows, found["out_dpo"]))[:4]:
+        chosen, rejected = (text(completion[0]) for completion in row["completions"])
+        print(f"  {row['id']:>10}  {chosen!r} over {rejected!r} by {difference:+.2f} nats")
+    print(f"""
+right one likelier before training: {score["model"]:.0%}    after: {score["out_dpo"]:.0%}    (guessing: 50 %)
+
+  {demo}/out_dpo       the trained model: AutoModelForImageTextToText.from_pretrained("{demo}/out_dpo")
+  {demo}/out_dpo/metrics.jsonl   one line per optimizer step, with rewards and log-probabilities""")
+
+
+def settings_of(folder: Path):
+    """(arguments of a run, folder of its held-out videos)."""
+    settings = json.loads((folder / "arguments.json").read_text())
+    args = mv.TrainingArguments(**{key: settings[key] for key in vars(mv.TrainingArguments()) if key in settings})
+    return args, settings["eval_image_folder"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", help="folder that make_demo.py wrote and train_sft.py trained in (demo/out)")
-    demo = Path(parser.parse_args().demo)
-    settings = json.loads((demo / "out" / "arguments.json").read_text())
-    args = mv.TrainingArguments(**{key: settings[key] for key in vars(mv.TrainingArguments()) if key in settings})
+    parser.add_argument("demo", help="folder that make_demo.py wrote and a trainer trained in (demo/out)")
+    parser.add_argument("--pairs", action="store_true", help="show what train_dpo.py did (demo/out_dpo)")
+    options = parser.parse_args()
+    demo = Path(options.demo)
+    if options.pairs:
+        show_pairs(demo)
+        return
+    args, folder = settings_of(demo / "out")
     rows = list(mv.load_records(str(demo / "sft_eval.json")))
-    truth = ["".join(part["text"] or "" for part in row["messages"][-1]["content"]) for row in rows]
+    truth = [text(row["messages"][-1]) for row in rows]
     score = {}
     for name in ("model", "out"):
-        answers = answer(str(demo / name), rows, settings["eval_image_folder"], args)
+        answers = answer(str(demo / name), rows, folder, args)
         score[name] = sum(a == t for a, t in zip(answers, truth)) / len(rows)
-    question = "".join(part["text"] or "" for part in rows[0]["messages"][0]["content"])
-    print(f"\n{len(rows)} held-out records, 30 videos each. Question: {question}")
+    print(f"\n{len(rows)} held-out records, 30 videos each. Question: {text(rows[0]['messages'][0])}")
     for row, said, right in list(zip(rows, answers, truth))[:4]:
         print(f"  {row['id']:>10}  model: {said!r:40} truth: {right!r}")
     draw_loss(demo / "out" / "metrics.jsonl", demo / "loss.png")
