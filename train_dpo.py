@@ -525,10 +525,11 @@ def main():
     samples_per_step = batch_size * args.gradient_accumulation_steps * world_size
     total_steps = mv.count_steps(len(records), samples_per_step, args)
 
-    # ---- reference: numbers from a file, the trained model without its new adapter, or a frozen model
+    # ---- reference: numbers from a file, a frozen model, or the trained one without its adapter
     if args.ref_model_id:
         check_reference(args, encoder)
-    adapter_is_new = args.lora_enable and not args.lora_weight_path
+    # Switched off, an adapter leaves what it was put on: not another adapter, and not biases as they were.
+    adapter_off = args.lora_enable and not (args.ref_model_id or args.lora_weight_path or args.lora_bias != "none")
     reference = eval_reference = None
     if args.precompute_ref_log_probs:
         data_sets = [
@@ -536,10 +537,9 @@ def main():
             (eval_records, args.eval_path, args.eval_image_folder),
         ]
         reference, eval_reference = reference_tables(accelerator, stream, data_sets, encoder, args)
-    elif args.ref_model_id or not adapter_is_new:
-        reference = eval_reference = mv.Engine(
-            accelerator, load_reference(args, accelerator.device), args, frozen=True
-        )
+    elif not adapter_off:
+        frozen = load_reference(args, accelerator.device)
+        reference = eval_reference = mv.Engine(accelerator, frozen, args, frozen=True)
 
     # ---- model and optimizer
     resumed = mv.find_checkpoint(args)
@@ -567,6 +567,8 @@ def main():
         accelerator.init_trackers(output_dir.name, config, names)
     if is_main:
         mv.describe_run(args, raw_model, stream, records, total_steps, world_size)
+    kind = "numbers of " if args.precompute_ref_log_probs else "the adapter off, " if adapter_off else "a frozen "
+    mv.say(f"  reference  {kind}{state['run']['reference']}")
 
     # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
     windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"])

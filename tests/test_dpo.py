@@ -1,11 +1,13 @@
 """train_dpo.py: losses by hand and against TRL, pairs that share a prompt, records, references, whole runs."""
 
+import contextlib
 import json
 import math
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -167,6 +169,24 @@ def test_row_without_pairs(tiny_model, clips):
     assert train_dpo.metric_sums(logps, torch.zeros(0, 2), 0.1).tolist() == [0.0] * len(METRICS)
 
 
+def test_the_reference_is_asked_without_gradients(tiny_model, clips, monkeypatch):
+    """No gradient, no checkpointing, no dropout; then the trained model is in training again."""
+    args = arguments(tiny_model, lora_enable=True, freeze_llm=True, lora_dropout=0.5, gradient_checkpointing=True,
+                     lora_namespan_exclude="['lm_head', 'embed_tokens']")  # fmt: skip
+    encoder, model = mv.Encoder(tiny_model, args), mv.load_model(args, "cpu").train()
+    layer = model.get_base_model().model.language_model.layers[0]
+    seen = []
+    layer.self_attn.register_forward_hook(lambda module, inputs, outputs: seen.append(
+        (module.training, outputs[0].requires_grad, module.q_proj.disable_adapters)))  # fmt: skip
+    samples = [encoder(PAIRS[4], clips)]
+    row = mv.pack(samples, encoder, "cpu")
+    engine = SimpleNamespace(model=model, raw_model=model, frozen=False, autocast=contextlib.nullcontext)
+    logps = train_dpo.reference_logps(engine, row, [0], samples)
+    assert seen == [(False, False, True)] and not logps.requires_grad and logps.shape == (1, 2)
+    model(**row[0])
+    assert seen[1:] == [(True, True, False)]
+
+
 # ---------------------------------------------------------------------------------------------------------- records
 
 
@@ -205,6 +225,17 @@ def test_every_format(record, expected):
     row = normalize_record({"id": 7, "video": ["a.mp4"], **record}, "record 3")
     assert texts(row) == expected and row["id"] == "7"
     assert all(turn["role"] == ("user" if i % 2 else "assistant") for i, turn in enumerate(row["completions"][0]))
+
+
+def test_parquet(tmp_path):
+    """TRL's columns as Arrow hands them out: nulls where a record has no prompt or a part has no text."""
+    parts = [{"role": "user", "content": [{"type": "video", "text": None}, {"type": "text", "text": "Sure?"}]}]
+    answers = [[{"role": "assistant", "content": [{"type": "text", "text": answer}]}] for answer in ("Yes.", "No.")]
+    explicit = {"prompt": parts, "chosen": answers[0], "rejected": answers[1], "videos": ["a.mp4"]}
+    implicit = {**explicit, "prompt": None, "chosen": parts + answers[0], "rejected": parts + answers[1]}
+    Dataset.from_list([explicit, implicit]).to_parquet(str(tmp_path / "pairs.parquet"))
+    loaded = mv.load_records(str(tmp_path / "pairs.parquet"), normalize_record, FEATURES)
+    assert [texts(row) for row in loaded] == [SURE, SURE]
 
 
 @pytest.mark.parametrize(
@@ -496,6 +527,22 @@ def test_an_adapter_that_goes_on_is_its_own_reference(mixed, adapted, tmp_path):
     assert rows[0]["logps/chosen"] != train_rows(adapted)[0]["logps/chosen"]
     run(*flags, "--output_dir", tmp_path / "file", "--precompute_ref_log_probs", "True")
     same_runs(tmp_path / "file", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("own", [["--bf16", "True"], ["--pure_bf16", "True"], [*ADAPTER, "--bf16", "True"]])
+def test_rewards_begin_at_0_in_low_precision(mixed, tmp_path, own):
+    """The reference computes in the types of the trained model, so that they begin as equals, to the last bit."""
+    run(*mixed, *own, "--eval_strategy", "no", "--max_steps", 1, "--output_dir", tmp_path)
+    (row,) = metrics(tmp_path)
+    assert row["rewards/chosen"] == row["rewards/rejected"] == 0 and row["grad_norm"] > 0
+
+
+def test_trained_biases_are_not_the_reference_s(mixed, tmp_path):
+    """peft does not restore the biases of --lora_bias when it switches the adapter off."""
+    flags = [*mixed, *ADAPTER, "--lora_bias", "all", "--eval_strategy", "no", "--max_steps", 3]
+    run(*flags, "--output_dir", tmp_path / "copy")
+    run(*flags, "--output_dir", tmp_path / "file", "--precompute_ref_log_probs", "True")
+    same_runs(tmp_path / "copy", tmp_path / "file")
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1)])

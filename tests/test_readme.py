@@ -9,8 +9,10 @@ import pytest
 from test_train import ROOT
 
 import multivideo as mv
-from train_sft import SFTArguments
+import train_dpo
+import train_sft
 
+SCRIPTS = {"train_sft.py": train_sft.SFTArguments, "train_dpo.py": train_dpo.DPOArguments}
 README = (ROOT / "README.md").read_text()
 COMMANDS = [command.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", README, re.S)
             for command in re.findall(r"accelerate launch(?:[^\n]*\\\n)*[^\n]*", block)]  # fmt: skip
@@ -22,12 +24,13 @@ def test_commands_parse(command, tmp_path, monkeypatch, capsys):
     words = shlex.split(command)
     config = words[words.index("--config_file") + 1]
     assert (ROOT / config).is_file()
-    argv = words[words.index("train_sft.py") + 1 :]
-    (tmp_path / "data.json").write_text("[]")
+    script = next(word for word in words if word in SCRIPTS)
+    argv = words[words.index(script) + 1 :]
+    (tmp_path / argv[argv.index("--data_path") + 1]).write_text("[]")
     (tmp_path / "videos").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_sft.py"])
-    mv.parse_arguments(SFTArguments, argv)
+    monkeypatch.setattr(sys, "argv", [script])
+    mv.parse_arguments(SCRIPTS[script], argv)
 
 
 def test_there_are_commands():
@@ -46,8 +49,9 @@ def test_files_exist():
 
 
 def test_metrics_are_explained():
-    source = Path(ROOT / "train_sft.py").read_text()
-    counted = re.search(r"counts = \{(.*?)\}", source, re.S)[1] + re.search(r"row = \{(.*?)\}", source, re.S)[1]
     table = README.split("## What the metrics mean")[1].split("## ")[0]
-    for name in re.findall(r'"(\w+)":', counted):
-        assert f"`{name}`" in table, name
+    for script in SCRIPTS:
+        source = Path(ROOT / script).read_text()
+        counted = re.search(r"counts = \{(.*?)\}", source, re.S)[1] + re.search(r"row = \{(.*?)\}", source, re.S)[1]
+        for name in [*re.findall(r'"(\w+)":', counted), *train_dpo.METRICS]:
+            assert f"`{name}`" in table, name

@@ -1,6 +1,7 @@
 """Ours against the usual way on the same samples: seconds per sample for data and for the training step, peak memory.
 
     python tools/benchmark.py sft
+    python tools/benchmark.py dpo
     python tools/benchmark.py data
 
 The usual way: qwen_vl_utils + HF processor in a DataLoader; HF forward with `labels=`, attention sdpa, batch 1 and
@@ -8,12 +9,16 @@ padded batch 4. Ours: SampleStream; packed rows. Same clips, same grids, same ti
 151,936. Both run in one process, in turn, so that a slow moment of the machine hits both; the table shows medians
 and the ratios' spread. Peak memory is that of a process of its own for each way. Writes the table and a JSON.
 
+`dpo`: pairs of answers. The usual way decodes and processes both conversations of a pair and has two padded rows for
+them, pixels twice, with full logits, under the model and under a frozen reference. Ours: the answers share their prompt.
+
 `data`: clips of several kinds, without the video cache and with it warm; the share of time that a loop waits for data
 with a warm cache and steps of half a second; three epochs of the demo, processes started and model saved.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -36,12 +41,14 @@ import transformers
 from make_demo import make_demo, save_tiny_model
 
 import multivideo as mv
+import train_dpo
 import train_sft
 
 QUESTION = "Which of these clips shows the fastest movement, and what are the colours of the others?"
 ANSWER = (
     "The eleventh clip moves fastest; the first ten are grey, and the ones after it change from red to blue and back."
 )
+REJECTED = "None of them moves at all: they are photographs, each of them grey, and I would not call them clips."
 
 
 def make_clip(path: Path, width: int, height: int, rng):
@@ -68,7 +75,7 @@ def write_records(path: Path, videos: list[list[str]]):
 
 
 def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int) -> Path:
-    """A model with Qwen's vocabulary, `num_videos` clips of 3 s (pixels × pixels) per record, and their records."""
+    """A model with Qwen's vocabulary, `num_videos` clips of 3 s (pixels × pixels) per record; records and pairs."""
     import numpy as np
 
     save_tiny_model(folder / "model", vocab_size=151936)
@@ -76,7 +83,10 @@ def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int) -
     for i in range(num_videos * min(num_records, 4)):
         make_clip(folder / f"{i}.mp4", pixels, pixels, rng)
     starts = [r % 4 * num_videos for r in range(num_records)]
-    write_records(folder / "data.json", [[f"{start + i}.mp4" for i in range(num_videos)] for start in starts])
+    videos = [[f"{start + i}.mp4" for i in range(num_videos)] for start in starts]
+    write_records(folder / "data.json", videos)
+    answers = {"prompt": QUESTION, "chosen": ANSWER, "rejected": REJECTED}
+    (folder / "pairs.json").write_text(json.dumps([{"video": names, **answers} for names in videos]))
     return folder
 
 
@@ -132,6 +142,20 @@ class UsualDataset(torch.utils.data.Dataset):
         inputs["labels"][:, :-answer] = -100
         inputs["labels"][:, -1] = -100
         return inputs
+
+
+class UsualPairs(torch.utils.data.Dataset):
+    """The chosen and the rejected conversation of a pair, each read as UsualDataset reads it."""
+
+    def __init__(self, folder, model, records, size):
+        conversations = [[{"messages": r["messages"] + r["completions"][k]} for r in records] for k in range(2)]
+        self.both = [UsualDataset(folder, model, conversation, size) for conversation in conversations]
+
+    def __len__(self):
+        return len(self.both[0])
+
+    def __getitem__(self, i):
+        return [dataset[i] for dataset in self.both]
 
 
 def pad(batch):
@@ -190,14 +214,61 @@ class Ways:
         return loss.item()
 
 
-def time_steps(ways, rounds):
+class PairWays:
+    """The same of preference tuning: a step asks the model and a frozen reference for both answers of each pair."""
+
+    def __init__(self, folder, records, args, batch_size):
+        self.args, self.encoder = args, mv.Encoder(args.model_id, args)
+        self.ours = [self.encoder(records[i], str(folder)) for i in range(batch_size)]
+        usual = UsualPairs(folder, folder / "model", records, args.video_resized_width)
+        self.usual = [usual[i] for i in range(batch_size)]
+
+    def load(self, way):
+        if way == "usual":
+            both = [transformers.AutoModelForImageTextToText.from_pretrained(self.args.model_id, dtype=torch.float32)
+                    for _ in range(2)]  # fmt: skip
+        else:
+            both = [mv.load_model(self.args, "cpu"), train_dpo.load_reference(self.args, "cpu")]
+        model, reference = both[0].train(), both[1].eval()
+        return model, reference, mv.make_optimizer(model, self.args)
+
+    def step(self, way, model, reference, optimizer, batch_size):
+        """One optimizer step on the sigmoid loss."""
+        if way == "usual":
+            batch = pad([conversation for pair in self.usual[:batch_size] for conversation in pair])
+            labels = batch.pop("labels")[:, 1:]
+
+            def ask(model):
+                model.model.rope_deltas = None
+                logits = model(**batch, use_cache=False).logits[:, :-1]  # [2 · pairs, T − 1, V]
+                chosen = logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
+                normalizer = torch.stack([row.logsumexp(-1) for row in logits])  # row by row, as TRL, to save memory
+                return ((chosen - normalizer) * (labels != -100)).sum(1).view(-1, 2)
+
+        else:
+            inputs, targets, sequences = mv.pack(self.ours[:batch_size], self.encoder, "cpu")
+
+            def ask(model):
+                return train_dpo.answer_logps(model(**inputs).logits, targets, sequences, batch_size)[0]
+
+        with torch.no_grad():
+            ref_logps = ask(reference)
+        loss = train_dpo.dpo_loss("sigmoid", ask(model), ref_logps, None, 0.1, 0.0).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+
+def time_steps(ways, rounds, batch_sizes=(1, 4)):
     """{(way, batch): [seconds per sample]}, ways in turn; the first losses of both must agree."""
     models = {way: ways.load(way) for way in ("usual", "ours")}
-    losses = {way: ways.step(way, *models[way], 4) for way in models}
-    assert abs(losses["usual"] - losses["ours"]) < 1e-4 * losses["usual"], losses
+    for _ in range(2):  # the second one has been through a gradient
+        losses = {way: ways.step(way, *models[way], max(batch_sizes)) for way in models}
+        assert abs(losses["usual"] - losses["ours"]) < 1e-4 * losses["usual"], losses
     times = {}
     for _ in range(rounds):
-        for batch_size in (1, 4):
+        for batch_size in batch_sizes:
             for way in models:
                 started = time.perf_counter()
                 ways.step(way, *models[way], batch_size)
@@ -205,10 +276,11 @@ def time_steps(ways, rounds):
     return times
 
 
-def time_data(folder, records, args, rounds):
+def time_data(folder, records, args, rounds, dataset=UsualDataset):
     """{way: [seconds per sample]} with two workers each, started before the clock."""
     stream = mv.SampleStream(mv.Encoder(args.model_id, args), args)
-    loader = usual_loader(UsualDataset(folder, folder / "model", records, 56), 1, lambda batch: batch[0])
+    usual = dataset(folder, folder / "model", records, args.video_resized_width)
+    loader = usual_loader(usual, 1, lambda batch: batch[0])
     times = {"usual": [], "ours": []}
     for r in range(rounds + 1):
         for way in times:
@@ -308,20 +380,22 @@ def train_end_to_end(demo: Path) -> dict[str, float]:
     return seconds
 
 
-def peak_memory(folder, way, batch_size):
+def peak_memory(folder, way, batch_size, what="sft", pixels=56):
     """(GiB before, GiB added by three steps) of a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "sft",
-        "--folder",
-        str(folder),
-        "--memory_of",
-        way,
-        "--batch_size",
-        str(batch_size),
-    ]
+    options = {"folder": folder, "memory_of": way, "batch_size": batch_size, "pixels": pixels}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, __file__, what, *words]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def measure_memory(load, step, batch_size):
+    """What peak_memory reads: prints GiB before and at most in three steps."""
+    models = load()
+    step(*models, 1)  # Adam's state and workspace of the libraries
+    before = float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    for _ in range(3):
+        step(*models, batch_size)
+    print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
 
 
 def spread(values, digits=4):
@@ -376,13 +450,60 @@ def benchmark_data(folder: Path, args, rounds: int, output_dir: str):
     write("data", lines, raw, output_dir)
 
 
+PAIR_CASES = {56: (1, 4), 224: (1,)}  # pixels → batch sizes
+
+
+def benchmark_pairs(options):
+    lines, raw = [], {}
+    for pixels in [options.pixels] if options.pixels else PAIR_CASES:
+        with tempfile.TemporaryDirectory() as temporary:
+            native, batches = max(112, pixels), PAIR_CASES[pixels]
+            folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 12, 30, native)
+            args = train_dpo.DPOArguments(
+                model_id=str(folder / "model"), nframes=4, video_resized_width=pixels, video_resized_height=pixels,
+                dataloader_num_workers=2, output_dir=temporary, learning_rate=1e-3,
+            )  # fmt: skip
+            records = mv.load_records(str(folder / "pairs.json"), train_dpo.normalize_record, train_dpo.FEATURES)
+            if way := options.memory_of:
+                ways = PairWays(folder, records, args, options.batch_size)
+                load, step = functools.partial(ways.load, way), functools.partial(ways.step, way)
+                measure_memory(load, step, options.batch_size)
+                return
+            memory = {(way, b): peak_memory(folder, way, b, "dpo", pixels)
+                      for b in batches for way in ("usual", "ours")}  # fmt: skip
+            data = time_data(folder, records, args, options.rounds, UsualPairs)
+            steps = time_steps(PairWays(folder, records, args, max(batches)), options.rounds, batches)
+        lines += [f"| pairs of 30 videos × 4 frames × {pixels} px | usual way | ours | ratio |", "|---|---|---|---|"]
+        text, figure = ratio(data["usual"], data["ours"])
+        figures = {"data": figure}
+        lines.append(f"| data, s per pair ({native}-px clips, 2 workers) | {spread(data['usual'])} | "
+                     f"{spread(data['ours'])} | {text} |")  # fmt: skip
+        for b in batches:
+            usual, ours = steps["usual", b], steps["ours", b]
+            text, figures[f"step {b}"] = ratio(usual, ours)
+            lines.append(f"| training step, batch {b}, s per pair | {spread(usual)} | {spread(ours)} | {text} |")
+        for b in batches:
+            (rest_usual, usual), (rest_ours, ours) = memory["usual", b], memory["ours", b]
+            figures[f"memory {b}"] = usual / ours
+            lines.append(f"| peak memory, batch {b}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
+            usual, ours = usual - rest_usual, ours - rest_ours
+            lines.append(f"| … beyond libraries, weights and Adam | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
+        lines.append("")
+        raw[pixels] = {"ratios": figures, "data": data, "steps": {f"{w} {b}": t for (w, b), t in steps.items()},
+                       "memory_gib": {f"{w} {b}": m for (w, b), m in memory.items()}}  # fmt: skip
+    where = where_and_when()
+    lines.append(f"Medians of {options.rounds} rounds (fastest–slowest), {where}.")
+    write("dpo", lines, {"where": where, **raw}, options.output_dir)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=["sft", "data"], help="which trainer's data and step, or which data, to measure"
+        "what", choices=["sft", "dpo", "data"], help="which trainer's data and step, or which data, to measure"
     )
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; each runs every way once")
     parser.add_argument("--output_dir", default="benchmarks", help="folder for the table and the JSON")
+    parser.add_argument("--pixels", type=int, help="dpo: only this size of the videos (default: 56 and 224)")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     parser.add_argument("--batch_size", type=int, help=argparse.SUPPRESS)
@@ -390,6 +511,9 @@ def main():
     torch.set_num_threads(2)
     if options.what == "data" and options.folder:
         usual_training(Path(options.folder))
+        return
+    if options.what == "dpo":
+        benchmark_pairs(options)
         return
     with tempfile.TemporaryDirectory() as temporary:
         args = mv.TrainingArguments(
@@ -402,13 +526,8 @@ def main():
         folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 12, 30, 112)
         records = mv.load_records(str(folder / "data.json"))
         if options.memory_of:
-            ways = Ways(folder, records, args)
-            model, optimizer = ways.load(options.memory_of)
-            ways.step(options.memory_of, model, optimizer, 1)  # Adam's state and workspace of the libraries
-            before = float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
-            for _ in range(3):
-                ways.step(options.memory_of, model, optimizer, options.batch_size)
-            print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+            ways, way = Ways(folder, records, args), options.memory_of
+            measure_memory(functools.partial(ways.load, way), functools.partial(ways.step, way), options.batch_size)
             return
         memory = {(way, b): peak_memory(folder, way, b) for b in (1, 4) for way in ("usual", "ours")}
         data = time_data(folder, records, args, options.rounds)
