@@ -10,7 +10,7 @@ padded batch 4. Ours: SampleStream; packed rows. Same clips, same grids, same ti
 and the ratios' spread. Peak memory is that of a process of its own for each way. Writes the table and a JSON.
 
 `dpo`: pairs of answers. The usual way decodes and processes both conversations of a pair and has two padded rows for
-them, pixels twice, with full logits, under the model and under a frozen reference. Ours: the answers share their prompt.
+them, pixels twice, with full logits, under the model and a frozen reference. Ours: the answers share their prompt.
 
 `data`: clips of several kinds, without the video cache and with it warm; the share of time that a loop waits for data
 with a warm cache and steps of half a second; three epochs of the demo, processes started and model saved.
