@@ -431,7 +431,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
 
     complain(args.bf16 + args.fp16 + args.pure_bf16 > 1, "--bf16, --fp16 and --pure_bf16 exclude each other: give one")
     complain(args.freeze_llm and args.freeze_merger and args.freeze_vision_tower
-             and not (args.unfreeze_topk_llm or args.unfreeze_topk_vision or args.lora_enable),
+             and not (args.unfreeze_topk_llm or args.unfreeze_topk_vision or args.lora_enable
+                      or hasattr(args, "head_lr")),
              "--freeze_llm, --freeze_merger and --freeze_vision_tower leave nothing to train: drop one")  # fmt: skip
     complain(args.unfreeze_topk_llm and not args.freeze_llm, "--unfreeze_topk_llm needs --freeze_llm True")
     complain(args.unfreeze_topk_vision and not args.freeze_vision_tower,
@@ -907,7 +908,8 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     if not identity:  # a hub dataset: its fingerprint changes with its commit
         identity = [_open_table(source)._fingerprint]
     # The code is part of the key: rows made by another version of the rules are not reused.
-    code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(normalize)]
+    code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(getattr(normalize, "func", normalize)),
+            str(getattr(normalize, "keywords", ""))]  # fmt: skip
     key = hashlib.sha256(json.dumps([source, identity, code, str(features)]).encode()).hexdigest()[:32]
     try:
         return Dataset.from_generator(
@@ -1397,7 +1399,7 @@ class Encoder:
     Calling it with a record gives a dict of numpy arrays (T tokens, N clips, P patches):
       `input_ids`, `labels` int64 [T] (-100: not supervised), `position_ids` int64 [4, T] (text row first),
       `patches` uint8 [P, 1176], `video_grid_thw` int64 [N, 3], `lengths` [1], and `id`, `num_tokens`, `num_videos`,
-      `num_images`, `shrunk`, `bad` [(file, reason)], `not_decord` [(file, reason)].
+      `num_images`, `shrunk`, `bad` [(file, reason)], `not_decord` [(file, reason)], and what else a record has.
     An image rides as a video of one temporal patch: one tower call serves both. A record with a list `completions`
     (each the turns of one answer) is a prompt, ends where the assistant begins, and gets them by add_suffixes.
     """
@@ -1530,6 +1532,7 @@ class Encoder:
         sample = {"id": record["id"], "shrunk": shrunk, "bad": bad, "num_tokens": 0, "num_videos": 0, "num_images": 0,
                   "not_decord": [(part["files"][0], clip[3].not_decord) for part, clip in zip(parts, clips)
                                  if not isinstance(clip, BadFile) and clip[3] and clip[3].not_decord]}  # fmt: skip
+        sample |= {key: value for key, value in record.items() if key not in ("id", "messages", "completions")}
         if bad:
             if self.args.on_bad_video == "error":
                 raise BadVideo(record["id"], *bad[0])
@@ -1835,12 +1838,15 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def load_model(args: TrainingArguments, device, path: str | None = None):
+def load_model(
+    args: TrainingArguments, device, path: str | None = None, model_class=AutoModelForImageTextToText, config=None
+):
     """Load the model to train, freeze what the flags say, and set types and attention.
 
     Trainable parameters are fp32 (under autocast too: at a learning rate of 2e-6 a bf16 weight of 0.02 does not move),
     frozen ones have the autocast type; --pure_bf16 makes all bf16. Under DeepSpeed and FSDP2 all have
     one type. `path`: a checkpoint that replaces --model_id, or with --lora_enable an adapter that goes on top of it.
+    A `model_class` with a head of its own (`score`, and `init_head` for its first weights) brings its `config` along.
 
     Raises:
         ValueError: unsupported family, or weights that the checkpoint lacks.
@@ -1849,7 +1855,7 @@ def load_model(args: TrainingArguments, device, path: str | None = None):
         raise InputError(f"{path} was written {'without' if args.lora_enable else 'with'} --lora_enable True: "
                          "go on as it began, or start in another --output_dir")  # fmt: skip
     source = path if path and not args.lora_enable else args.model_id
-    config = AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)
+    config = config or AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)
     if config.model_type not in FAMILIES:
         raise InputError(
             f"--model_id {args.model_id} is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}"
@@ -1863,11 +1869,13 @@ def load_model(args: TrainingArguments, device, path: str | None = None):
     dtype = torch.float32 if split or source == path else "auto"
     if low is not None and (launched_with("deepspeed") or (split and args.pure_bf16)):
         dtype = low
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        source, cache_dir=args.cache_dir, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
-        **quantization(args, low, device),
+    model, info = model_class.from_pretrained(
+        source, config=config, cache_dir=args.cache_dir, dtype=dtype, attn_implementation="sdpa",
+        output_loading_info=True, **quantization(args, low, device),
     )  # fmt: skip
-    if missing := info["missing_keys"]:
+    head = {name for name, _ in model.named_parameters() if part_of(name) == "head"}
+    fresh_head = bool(head) and source == args.model_id and set(info["missing_keys"]) == head
+    if missing := set() if fresh_head else info["missing_keys"]:
         raise InputError(f"{source} lacks {len(missing)} weights, first {sorted(missing)[0]!r}: "
                          "the files are not of this model")  # fmt: skip
     if launched_with("deepspeed"):  # ZeRO-3 loading keeps renaming rules that matched nothing: saving would apply them
@@ -1888,6 +1896,8 @@ def load_model(args: TrainingArguments, device, path: str | None = None):
                 parameter.data = parameter.data.to(device, torch.float32 if full else low)
 
     set_types(trained := choose_trained(model, args))
+    if fresh_head:
+        model.init_head(args)
     if args.lora_enable:
         model = add_adapter(model, trained, args)
         set_types({name for name, parameter in model.named_parameters() if parameter.requires_grad})
@@ -1911,7 +1921,8 @@ def quantization(args: TrainingArguments, low: torch.dtype | None, device) -> di
         return {}
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning per 8-bit product
     config = transformers.BitsAndBytesConfig(
-        load_in_8bit=args.bits == 8, load_in_4bit=args.bits == 4, llm_int8_skip_modules=["model.visual", "lm_head"],
+        load_in_8bit=args.bits == 8, load_in_4bit=args.bits == 4,
+        llm_int8_skip_modules=["model.visual", "lm_head", "score"],
         bnb_4bit_compute_dtype=low or torch.float32, bnb_4bit_quant_type=args.quant_type,
         bnb_4bit_use_double_quant=args.double_quant,
     )  # fmt: skip
@@ -1952,7 +1963,8 @@ def add_adapter(model, trained: set[str], args: TrainingArguments):
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias=args.lora_bias,
             use_dora=args.use_dora, target_modules=targets, modules_to_save=whole,
         )  # fmt: skip
-    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    output = model.get_output_embeddings()  # a classifier has none
+    tied = output is not None and output.weight is model.get_input_embeddings().weight
     model = peft.get_peft_model(model, config)
     for wrapper in model.modules():
         if isinstance(wrapper, peft.utils.ModulesToSaveWrapper):  # peft copied the configs as well: keep one for all
@@ -1995,7 +2007,9 @@ def load_adapter(model, args: TrainingArguments, path: str | None):
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: "vision", "merger" or "llm" (with embeddings and head)."""
+    """The part of a model that a parameter is in: "vision", "merger", "llm" (with lm_head), a classifier's "head"."""
+    if "score" in name.split("."):
+        return "head"
     if "visual." not in name:
         return "llm"
     return "merger" if ".merger." in name else "vision"
@@ -2007,7 +2021,7 @@ def choose_trained(model, args: TrainingArguments) -> set[str]:
     Raises:
         ValueError: nothing is left, or fewer blocks or layers exist than --unfreeze_topk_* asks for.
     """
-    frozen = {"vision": args.freeze_vision_tower, "merger": args.freeze_merger, "llm": args.freeze_llm}
+    frozen = {"vision": args.freeze_vision_tower, "merger": args.freeze_merger, "llm": args.freeze_llm, "head": False}
     trained = {name for name, _ in model.named_parameters() if not frozen[part_of(name)]}
     base = model.model
     for flag, blocks in (
@@ -2029,7 +2043,8 @@ def make_optimizer(model, args: TrainingArguments):
 
     Biases and norm weights do not decay.
     """
-    rates = {"llm": args.learning_rate, "vision": args.vision_lr, "merger": args.merger_lr}
+    rates = {"llm": args.learning_rate, "vision": args.vision_lr, "merger": args.merger_lr,
+             "head": getattr(args, "head_lr", None)}  # fmt: skip
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -2301,17 +2316,17 @@ def count_steps(num_records: int, samples_per_step: int, args: TrainingArguments
     )
 
 
-def step_windows(num_records: int, samples_per_step: int, seed: int, position: int):
+def step_windows(num_records: int, samples_per_step: int, seed: int, position: int, order=None):
     """Yield for ever `(record indices of one optimizer step, samples consumed after it)`.
 
-    The order of an epoch is a function of (seed, epoch) and `position`, the number of samples consumed, is the whole
-    state: a resumed run goes on without decoding what came before.
+    The order of an epoch is a function of (seed, epoch), a shuffle unless `order` is given, and `position`, the number
+    of samples consumed, is the whole state: a resumed run goes on without decoding what came before.
     """
     while True:
         epoch, offset = divmod(position, num_records)
-        order = np.random.default_rng([seed, epoch]).permutation(num_records)
+        indices = order(seed, epoch) if order else np.random.default_rng([seed, epoch]).permutation(num_records)
         for start in range(offset, num_records, samples_per_step):
-            window = order[start : start + samples_per_step].tolist()
+            window = indices[start : start + samples_per_step].tolist()
             position += len(window)
             yield window, position
 
@@ -2594,6 +2609,10 @@ def save_model(model, processor, folder: str | Path, state: dict | None = None):
     if hasattr(model, "peft_config"):  # the adapter and what is trained beside it
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         processor.save_pretrained(folder)
+        if model.config.problem_type:  # a classifier's labels are in its config
+            config = copy.deepcopy(model.config)
+            config.__dict__.pop("quantization_config", None)
+            config.save_pretrained(folder)
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as saved:
             empty = [name for name in saved.keys() if 0 in saved.get_slice(name).get_shape()]  # noqa: SIM118
         assert not empty, f"{len(empty)} empty tensors, first {empty[0]}: split weights were not gathered"
@@ -2911,6 +2930,7 @@ def describe_run(
     counts = dict.fromkeys(("vision", "merger", "llm"), 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            counts.setdefault(part_of(name), 0)
             counts[part_of(name)] += getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves 0 in numel
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     if args.lora_enable:

@@ -7,6 +7,7 @@ writes
     demo/videos/*.mp4     short H.264 clips: a moving texture, mixed sizes, frame rates and lengths
     demo/sft_train.json   records of 30 videos each; demo/sft_eval.json shares neither a file nor any content with it
     demo/dpo_train.json   the same records as pairs: the right answer is preferred to a wrong one; demo/dpo_eval.json
+    demo/cls_train.json   the same with the colour as a label, for train_cls.py; and demo/cls_eval.json
     demo/demo.json        the settings, written last: a directory that has it is complete and is not made again
 
 The question of every record is which colour the one clip has that is not grey. Six colours occur equally often, and
@@ -232,6 +233,13 @@ def make_pairs(records, seed):
     return pairs
 
 
+def labelled(record):
+    """A record of make_split for train_cls.py: its question, and the colour as a label."""
+    human, answer = (turn["value"] for turn in record["conversations"])
+    label = next(colour for colour in COLOURS if answer == ANSWER.format(colour))
+    return {"id": record["id"], "video": record["video"], "prompt": human, "label": label}
+
+
 def write_json(path, value):
     """Write `value` aside and rename, so that a file of that name is always whole."""
     aside = path.with_name(path.name + ".partial")
@@ -268,6 +276,8 @@ def make_demo(output_dir, *, num_train=None, num_eval=None, videos_per_sample=30
     write_json(output_dir / "sft_eval.json", held_out)
     write_json(output_dir / "dpo_train.json", make_pairs(train, seed))
     write_json(output_dir / "dpo_eval.json", make_pairs(held_out, seed))
+    write_json(output_dir / "cls_train.json", [labelled(record) for record in train])
+    write_json(output_dir / "cls_eval.json", [labelled(record) for record in held_out])
     write_json(done, settings)
     size = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
     print(

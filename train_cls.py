@@ -1,0 +1,914 @@
+"""Classification and regression with Qwen-VL over many videos: one answer per sample, from a head on its last token.
+
+    logits = W · (hidden state where the assistant's turn begins)          loss = Σ objective(logits, label) / samples
+
+over the whole accumulation window on all processes. The objective is cross-entropy (or focal, class-balanced), binary
+cross-entropy for several labels at a time, squared or Huber error for standardised targets. Left out on purpose:
+padding (samples are packed into one row and cannot see each other), a Trainer class, the output layer over words.
+
+One record (JSON or JSONL; README.md has the other formats):
+    {"id": "1", "video": ["a.mp4", "b.mp4"], "prompt": "<video>\\n<video>\\nIs the valve open?", "label": "open"}
+
+Launch, on a CPU or one GPU:
+    accelerate launch --config_file accelerate_configs/cpu.yaml train_cls.py \\
+        --model_id demo/model --data_path demo/cls_train.json --output_dir out
+    accelerate launch --config_file accelerate_configs/one_gpu.yaml train_cls.py \\
+        --model_id Qwen/Qwen2.5-VL-7B-Instruct --data_path data.json --image_folder videos/ --bf16 True \\
+        --video_resized_width 64 --video_resized_height 64 --fps 0.25 --output_dir out
+"""
+
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import re
+import resource
+import time
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from datasets import Dataset, Features, List, Value
+from safetensors import safe_open
+from sklearn import metrics
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLPreTrainedModel
+from transformers.utils import cached_file
+
+import multivideo as mv
+
+# A record is a prompt without answers; `label` holds the names of its classes, `target` its numbers.
+FEATURES = Features({**mv.CONVERSATION, "completions": List(mv.MESSAGES), "label": List(Value("string")),
+                     "target": List(Value("float64"))})  # fmt: skip
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+LOSS_TYPES = {  # of each problem type; the first is its default
+    SINGLE: ["cross_entropy", "focal_loss", "class_balanced_cross_entropy", "class_balanced_focal_loss"],
+    MULTI: ["bce"],
+    REGRESSION: ["mse", "huber"],
+}
+METRICS = {  # that decide which checkpoint is best
+    SINGLE: ["loss", "accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"],
+    MULTI: ["loss", "accuracy", "f1", "auroc", "average_precision"],
+    REGRESSION: ["loss", "mae", "rmse", "r2", "pearson"],
+}
+
+
+@dataclass
+class ClassificationArguments(mv.TrainingArguments):
+    """The shared flags, and those of classification and regression."""
+
+    problem_type: str = mv.arg(
+        SINGLE, "One class per record, any number of them, or one or several numbers.", choices=list(LOSS_TYPES)
+    )
+    labels: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the classes (or of the regression's targets) in the order of their indices "
+                  "(default: those found in --data_path, sorted)."},
+    )  # fmt: skip
+    num_labels: int | None = mv.arg(None, "How many classes or targets there must be (default: as many as found).")
+    default_prompt: str | None = mv.arg(None, "Prompt of records without one.")
+    loss_type: str | None = mv.arg(
+        None, "Objective (default: cross_entropy, bce or mse, by --problem_type).",
+        choices=[name for names in LOSS_TYPES.values() for name in names],
+    )  # fmt: skip
+    focal_gamma: float = mv.arg(2.0, "Focal losses: exponent γ; 0 is cross-entropy.")
+    focal_alpha: str | None = mv.arg(None, "focal_loss: a weight for each class in their order, such as 1.0,7.5.")
+    class_balanced_beta: float = mv.arg(0.999, "class_balanced_*: β; 0: no weights, towards 1: inverse frequencies.")
+    huber_delta: float = mv.arg(1.0, "huber: errors beyond it count linearly; in standard deviations of the target.")
+    class_balanced_order: bool = mv.arg(False, "Draw all classes equally often: rare ones again and again.")
+    head_lr: float | None = mv.arg(None, "Peak learning rate of the head (default: --learning_rate).")
+    head_init: str = mv.arg(
+        "random", "First weights of the head: random, or those that lm_head has for the labels' words.",
+        choices=["random", "label_words"],
+    )  # fmt: skip
+    mlp_head_dim: int = mv.arg(0, "Width of a hidden layer in the head; 0: none, the head is linear.")
+    mlp_head_dropout: float = mv.arg(0.0, "Dropout after that hidden layer.")
+
+    def check(self, given: set[str]) -> list[str]:
+        """What is wrong with these flags, as sentences that name the mend."""
+        problems = []
+
+        def complain(condition, sentence):
+            if condition:
+                problems.append(sentence)
+
+        metric = self.metric_for_best_model.removeprefix("eval_").split("/")[0]
+        complain(metric not in METRICS[self.problem_type],
+                 f"--metric_for_best_model {self.metric_for_best_model}: evaluation gives "
+                 f"{', '.join(METRICS[self.problem_type])}")  # fmt: skip
+        if metric in ("mae", "rmse"):
+            complain(self.greater_is_better and "greater_is_better" in given,
+                     "--greater_is_better: with that --metric_for_best_model it keeps the worst: drop it")  # fmt: skip
+            self.greater_is_better = False
+        fitting = LOSS_TYPES[self.problem_type]
+        self.loss_type = self.loss_type or fitting[0]
+        complain(self.loss_type not in fitting,
+                 f"--loss_type {self.loss_type} is not for --problem_type {self.problem_type}: "
+                 f"choose {' or '.join(fitting)}")  # fmt: skip
+        names = self.labels or []
+        complain(len(set(names)) < len(names), f"--labels {' '.join(names)}: name each one once")
+        complain(
+            self.num_labels is not None and self.num_labels < 1, f"--num_labels {self.num_labels}: must be above 0"
+        )
+        complain(names and self.num_labels not in (None, len(names)),
+                 f"--num_labels {self.num_labels}, but --labels names {len(names)}: drop the first")  # fmt: skip
+        complain(self.default_prompt and mv.CONTROL_TOKENS.search(self.default_prompt),
+                 "--default_prompt has a control token such as <|im_end|>: take it out")  # fmt: skip
+        complain(self.focal_gamma < 0, f"--focal_gamma {self.focal_gamma}: must be 0 or more")
+        for flag in ("focal_gamma", "focal_alpha"):
+            complain(flag in given and "focal" not in self.loss_type, f"--{flag} needs --loss_type focal_loss")
+        complain("focal_alpha" in given and self.loss_type == "class_balanced_focal_loss",
+                 "--focal_alpha: class_balanced_focal_loss has its own; take --loss_type focal_loss")  # fmt: skip
+        complain(self.focal_alpha is not None and parse_weights(self.focal_alpha) is None,
+                 f"--focal_alpha {self.focal_alpha}: expected numbers of 0 or more, as in 1.0,7.5")  # fmt: skip
+        complain(not 0 <= self.class_balanced_beta < 1,
+                 f"--class_balanced_beta {self.class_balanced_beta}: must be 0 or more and below 1")  # fmt: skip
+        complain("class_balanced_beta" in given and not self.loss_type.startswith("class_balanced"),
+                 "--class_balanced_beta needs --loss_type class_balanced_cross_entropy (or …_focal_loss)")  # fmt: skip
+        complain(self.huber_delta <= 0, f"--huber_delta {self.huber_delta}: must be above 0")
+        complain("huber_delta" in given and self.loss_type != "huber", "--huber_delta needs --loss_type huber")
+        complain(self.class_balanced_order and self.problem_type != SINGLE,
+                 f"--class_balanced_order needs --problem_type {SINGLE}")  # fmt: skip
+        complain(self.head_lr is not None and self.head_lr < 0, f"--head_lr {self.head_lr}: must be 0 or more")
+        complain(self.mlp_head_dim < 0, f"--mlp_head_dim {self.mlp_head_dim}: must be 0 or more")
+        complain(not 0 <= self.mlp_head_dropout < 1,
+                 f"--mlp_head_dropout {self.mlp_head_dropout}: must be 0 or more and below 1")  # fmt: skip
+        complain(self.mlp_head_dropout and not self.mlp_head_dim, "--mlp_head_dropout needs --mlp_head_dim")
+        complain(self.head_init == "label_words" and (self.mlp_head_dim or self.problem_type == REGRESSION),
+                 "--head_init label_words is for a linear head over classes: drop it")  # fmt: skip
+        return problems
+
+
+# ---- objectives: logits [B, C] and targets → the sum over the samples
+
+
+def parse_weights(text: str) -> list[float] | None:
+    """The numbers of a list such as 1.0,7.5; None if it is anything else."""
+    try:
+        weights = [float(word) for word in text.strip("[]() ").split(",")]
+    except ValueError:
+        return None
+    return weights if all(math.isfinite(weight) and weight >= 0 for weight in weights) and any(weights) else None
+
+
+def class_balanced_weights(counts: list[int], beta: float) -> list[float]:
+    """A weight for each class from its number of training samples: (1 − β) / (1 − βⁿ), scaled to add up to C.
+
+    Source: Cui et al. 2019, Class-Balanced Loss Based on Effective Number of Samples, eq. 4 and section 4.
+    """
+    weights = [(1 - beta) / (1 - beta**count) for count in counts]
+    return [weight * len(counts) / sum(weights) for weight in weights]
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """−w log p of the right class, summed; targets int64 [B], weights [C]."""
+    return F.cross_entropy(logits.float(), targets, weights, reduction="sum")
+
+
+def focal_loss(
+    logits: torch.Tensor, targets: torch.Tensor, gamma: float, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """−w (1 − p)^γ log p of the right class, summed; targets int64 [B], weights [C].
+
+    Source: Lin et al. 2017, Focal Loss for Dense Object Detection, eq. 5; class-balanced: Cui et al. 2019.
+    """
+    logp = torch.log_softmax(logits.float(), 1).gather(1, targets[:, None])[:, 0]  # [B]
+    # −expm1(log p) is 1 − p without cancellation; the floor keeps the gradient of the power finite where p is 1.
+    focus = (-torch.expm1(logp)).clamp_min(1e-12) ** gamma
+    return -(focus * logp * (1.0 if weights is None else weights[targets])).sum()
+
+
+def objective(logits: torch.Tensor, targets: torch.Tensor, args, weights: torch.Tensor | None) -> torch.Tensor:
+    """The loss that --loss_type names, summed over the samples; several labels or targets are averaged in each."""
+    if "cross_entropy" in args.loss_type:
+        return cross_entropy(logits, targets, weights)
+    if "focal" in args.loss_type:
+        return focal_loss(logits, targets, args.focal_gamma, weights)
+    if args.loss_type == "bce":
+        loss = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
+    elif args.loss_type == "mse":
+        loss = F.mse_loss(logits.float(), targets, reduction="sum")
+    else:
+        loss = F.huber_loss(logits.float(), targets, reduction="sum", delta=args.huber_delta)
+    return loss / targets.shape[1]
+
+
+# ---- the model
+
+
+class ScoreLinear(torch.nn.Linear):
+    """A linear layer in its weights' own precision: under autocast, bf16 logits would come in steps of 0.4 %."""
+
+    def forward(self, hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
+
+
+class VideoSequenceClassifier(GenericForSequenceClassification):
+    """The library's classifier on a family's base model, for packed rows too; `score` is its head.
+
+    Without `pool_positions` it is used as any other (padded batches, `labels=`): the last token that is not padding
+    gives the logits. With them, a packed row [1, T] gives logits [B, C] at these positions.
+    """
+
+    _keys_to_ignore_on_load_unexpected = (r"^lm_head",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        hidden, width = config.get_text_config().hidden_size, getattr(config, "mlp_head_dim", 0)
+        self.score = ScoreLinear(width or hidden, config.num_labels, bias=False)
+        if width:
+            dropout = torch.nn.Dropout(config.mlp_head_dropout)
+            self.score = torch.nn.Sequential(torch.nn.Linear(hidden, width), torch.nn.GELU(), dropout, self.score)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, pool_positions=None, **kwargs):
+        """Logits of a packed row at `pool_positions` int64 [B], or of padded sequences as in the library."""
+        if pool_positions is None:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state  # [1, T, hidden]
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden[0, pool_positions]))
+
+    @torch.no_grad()
+    def init_head(self, args):
+        """Give a head that no checkpoint has its first weights: a function of --seed alone, or the label words'."""
+        generator = torch.Generator().manual_seed(args.seed)
+        parameters = dict(self.score.named_parameters())
+        gathered = contextlib.nullcontext()
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            gathered = deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0)
+        with gathered:
+            for name, weight in parameters.items():
+                # The last layer begins near 0, so that the first probabilities are even (as in 2U1's).
+                last, spread = name in ("weight", "3.weight"), self.config.get_text_config().initializer_range
+                values = torch.randn(weight.shape, generator=generator) * (1e-3 if last else spread)
+                if name.endswith("bias"):
+                    values.zero_()
+                if args.head_init == "label_words":
+                    values = label_word_rows(args, [self.config.id2label[i] for i in range(self.config.num_labels)])
+                weight.copy_(values)
+
+
+class Qwen2VLForSequenceClassification(VideoSequenceClassifier, Qwen2VLPreTrainedModel):
+    """Qwen2-VL with a classification or regression head."""
+
+
+class Qwen2_5_VLForSequenceClassification(VideoSequenceClassifier, Qwen2_5_VLPreTrainedModel):
+    """Qwen2.5-VL with a classification or regression head."""
+
+
+CLASSIFIERS = {"qwen2_vl": Qwen2VLForSequenceClassification, "qwen2_5_vl": Qwen2_5_VLForSequenceClassification}
+for _class in CLASSIFIERS.values():
+    # Weights have other names on the hub than in the model: without its sibling's rules, the class would load a random
+    # language model. (Saving goes by the same rules.)
+    _sibling = _class.__name__.replace("SequenceClassification", "ConditionalGeneration")
+    register_checkpoint_conversion_mapping(
+        _class.__name__, get_checkpoint_conversion_mapping(_sibling), overwrite=True
+    )
+
+
+def label_word_rows(args, names: list[str]) -> torch.Tensor:
+    """What `lm_head` has for the labels' words, averaged over the tokens of each: float32 [C, hidden].
+
+    For labels of one token each the first logits are thus the language model's own. Read from the files: of a
+    quantised or split model they could not be had otherwise.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(args.model_id, cache_dir=args.cache_dir)
+    where = {"path_or_repo_id": args.model_id, "cache_dir": args.cache_dir}
+    missing_ok = {"_raise_exceptions_for_missing_entries": False}
+    if index := cached_file(filename="model.safetensors.index.json", **where, **missing_ok):
+        files = json.loads(Path(index).read_text())["weight_map"]
+    else:
+        with safe_open(cached_file(filename="model.safetensors", **where), "pt") as file:
+            files = dict.fromkeys(file.keys(), "model.safetensors")
+    tied = next(name for name in files if name.endswith("embed_tokens.weight"))
+    name = "lm_head.weight" if "lm_head.weight" in files else tied
+    with safe_open(cached_file(filename=files[name], **where), "pt") as file:
+        table = file.get_slice(name)
+        tokens = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in names]
+        return torch.stack([torch.cat([table[i : i + 1].float() for i in ids]).mean(0) for ids in tokens])
+
+
+# ---- data
+
+
+def normalize_record(record: dict, where: str, problem_type: str = SINGLE, default_prompt: str | None = None) -> dict:
+    """A prompt with its `label` (class names) or `target` (numbers), of the schema FEATURES.
+
+    The prompt stands in `prompt` (a text), or in `conversations` or `messages` that end with the user's turn.
+
+    Raises:
+        ValueError: names the record, what was found, what was expected and the mend.
+    """
+    if isinstance(record, dict):
+        turns = [record.get(key) for key in ("prompt", "conversations", "messages")]
+        if sum(bool(value) for value in turns) > 1:
+            raise ValueError(f"{where}: more than one of 'prompt', 'conversations' and 'messages': keep one of them")
+        prompt = turns[0] or (None if any(turns) else default_prompt)
+        if not any(turns) and not default_prompt:
+            raise ValueError(f"{where}: no 'prompt': add the question, or give --default_prompt for all such records")
+        if prompt:
+            given = {key: value for key, value in record.items() if key not in ("prompt", "conversations", "messages")}
+            record = {
+                **given,
+                "messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt,
+            }
+    row = mv.normalize_conversation(record, where)
+    if row["messages"][-1]["role"] != "user":
+        raise ValueError(f"{where}: the last turn must be the user's: take the answer out, the label says it")
+    present = [key for key in ("label", "labels") if record.get(key) is not None]
+    if len(present) != 1:
+        found = "both 'label' and 'labels'" if present else "no 'label'"
+        raise ValueError(f"{where}: {found}: expected one of them, with the class or the number")
+    value = record[present[0]]
+    several = list(value) if isinstance(value, (list, tuple, np.ndarray)) else None
+    try:
+        if problem_type == REGRESSION:
+            if several == []:
+                raise ValueError("an empty list: expected a number or several")
+            return {**row, "completions": [], "label": [],
+                    "target": [target_number(item) for item in ([value] if several is None else several)]}  # fmt: skip
+        if (several is not None) != (problem_type == MULTI):
+            raise ValueError("several classes: for them give --problem_type multi_label_classification" if several
+                             is not None else "one class where a list of them is expected: put it in […]")  # fmt: skip
+        names = [class_name(item) for item in ([value] if several is None else several)]
+        if len(set(names)) < len(names):
+            raise ValueError("a class stands there twice: name it once")
+    except ValueError as error:
+        raise ValueError(f"{where}: field {present[0]!r} is {value!r}: {error}") from None
+    return {**row, "completions": [], "label": names, "target": []}
+
+
+def class_name(value) -> str:
+    """The name of a class that a record gives as a text, a whole number, true or false."""
+    if isinstance(value, (bool, np.bool_)):
+        return str(bool(value)).lower()
+    if isinstance(value, (int, np.integer)):
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, float):
+        raise ValueError(f"a class is a text or a whole number; for amounts give --problem_type {REGRESSION}")
+    raise ValueError("a class is a text or a whole number")
+
+
+def target_number(value) -> float:
+    """A regression target that a record gives."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ValueError("a target is a number, without quotes")
+    if not math.isfinite(value):
+        raise ValueError("a target must be finite: mend it or take the record out")
+    return float(value)
+
+
+def some(items) -> str:
+    """The first few of them, as text."""
+    items = list(items)
+    return ", ".join(map(str, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+def make_config(records: Dataset, args, encoder: mv.Encoder):
+    """The model's config with labels, problem type, head and standardisation, found in the records or given.
+
+    A classifier as --model_id brings its own: they stand.
+
+    Raises:
+        InputError: names the flag or the records and what does not fit.
+    """
+    config = copy.deepcopy(encoder.config)
+    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    own = [config.id2label[i] for i in range(config.num_labels)] if trained else None
+    if trained and (config.problem_type != args.problem_type or args.labels not in (None, own)
+                    or config.mlp_head_dim != args.mlp_head_dim or args.head_init == "label_words"):  # fmt: skip
+        raise mv.InputError(f"--model_id {args.model_id} is a classifier: {config.problem_type}, labels {some(own)}, "
+                            f"mlp_head_dim {config.mlp_head_dim}; give the same flags, or its base model")  # fmt: skip
+    standard = {"target_mean": None, "target_std": None}
+    if args.problem_type == REGRESSION:
+        names, standard = regression_targets(records, args, own)
+    else:
+        names = class_names(records, args, own)
+    if args.num_labels not in (None, len(names)):
+        raise mv.InputError(f"--num_labels {args.num_labels}, but {args.data_path} has {len(names)}: {some(names)}; "
+                            "correct the flag, or name them all with --labels")  # fmt: skip
+    if not trained:
+        config.update(standard)
+        config.update({
+            "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": args.problem_type, "mlp_head_dim": args.mlp_head_dim,
+        })  # fmt: skip
+    config.mlp_head_dropout = args.mlp_head_dropout
+    text = config.get_text_config()  # by the padding token the library finds where padded sequences end
+    text.pad_token_id = encoder.tokenizer.pad_token_id if text.pad_token_id is None else text.pad_token_id
+    return config
+
+
+def class_names(records: Dataset, args, own: list[str] | None) -> list[str]:
+    """The classes in the order of their indices; every one must occur in the training records."""
+    counts = Counter(name for names in records["label"] for name in names)
+    found = sorted(counts, key=lambda name: (0, int(name), name) if re.fullmatch(r"-?\d+", name) else (1, 0, name))
+    names = own or args.labels
+    if names is None and args.num_labels and set(found) <= {str(i) for i in range(args.num_labels)}:
+        names = [str(i) for i in range(args.num_labels)]
+    names = names or found
+    check_labels(records, names, args.data_path)
+    if len(names) < 2 and args.problem_type == SINGLE:
+        raise mv.InputError(f"{args.data_path}: all {len(records)} records have the label {names[0]!r}: "
+                            "there is nothing to tell apart")  # fmt: skip
+    if not names:
+        raise mv.InputError(f"{args.data_path}: no record has any label: there is nothing to learn")
+    if absent := [name for name in names if not counts[name]]:
+        raise mv.InputError(f"{args.data_path}: no record has the label {some(map(repr, absent))}: add records of it, "
+                            "or take it out of --labels (or --num_labels)")  # fmt: skip
+    if always := [name for name in names if args.problem_type == MULTI and counts[name] == len(records)]:
+        raise mv.InputError(f"{args.data_path}: every record has the label {some(map(repr, always))}: there is "
+                            "nothing to tell apart; take it out, or add records without it")  # fmt: skip
+    return names
+
+
+def check_labels(records: Dataset, names: list[str], source: str):
+    """Every label of the records must be one of `names`."""
+    unknown = {}
+    for i, labels in enumerate(records["label"]):
+        for name in set(labels) - set(names):
+            unknown.setdefault(name, []).append(i)
+    if unknown:
+        lines = [f"{name!r} in record {some(records[i]['id'] for i in places[:6])}"
+                 + (f" ({len(places)} records)" if len(places) > 5 else "")
+                 for name, places in list(unknown.items())[: mv.MAX_COMPLAINTS]]  # fmt: skip
+        raise mv.InputError(f"{source}: unknown labels; known are {some(map(repr, names))}\n  • "
+                            + "\n  • ".join(lines))  # fmt: skip
+
+
+def regression_targets(records: Dataset, args, own: list[str] | None) -> tuple[list[str], dict]:
+    """Names of the targets, and mean and standard deviation of each over the training records."""
+    count = len(own or args.labels or records[0]["target"])
+    names = own or args.labels or (["target"] if count == 1 else [f"target_{i}" for i in range(count)])
+    check_targets(records, names, args.data_path)
+    targets = np.array(records["target"])  # [N, C]
+    mean, std = targets.mean(0), targets.std(0)
+    for name, value, spread in zip(names, mean, std):
+        if not spread > 1e-9 * max(1.0, abs(value)):
+            raise mv.InputError(f"{args.data_path}: {name} is {value:g} in all {len(records)} records: "
+                                "there is nothing to learn")  # fmt: skip
+    return names, {"target_mean": mean.tolist(), "target_std": std.tolist()}
+
+
+def check_targets(records: Dataset, names: list[str], source: str):
+    """Every record must have a number for each of `names`."""
+    wrong = [i for i, target in enumerate(records["target"]) if len(target) != len(names)]
+    if wrong:
+        lines = [f"record {records[i]['id']}: {len(records[i]['target'])}" for i in wrong[:5]]
+        raise mv.InputError(f"{source}: expected {len(names)} targets ({some(names)}) in every record, {len(wrong)} "
+                            "have another number:\n  • " + "\n  • ".join(lines))  # fmt: skip
+
+
+def check_records(records: Dataset, config, source: str):
+    """Held-out records must have the training records' classes or targets; a class may be missing there."""
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    if config.problem_type == REGRESSION:
+        check_targets(records, names, source)
+        return
+    check_labels(records, names, source)
+    if absent := set(names) - {name for labels in records["label"] for name in labels}:
+        mv.say(f"{source}: no record has the label {some(sorted(map(repr, absent)))}: metrics are over the others")
+
+
+def check_same_head(folder: Path, config):
+    """A checkpoint must have this run's labels, standardisation and kind of head."""
+    held = AutoConfig.from_pretrained(folder)
+    keys = ("problem_type", "id2label", "mlp_head_dim", "target_mean", "target_std")
+    differ = [f"{key}: {getattr(held, key, None)} then, {getattr(config, key, None)} now" for key in keys
+              if getattr(held, key, None) != getattr(config, key, None)]  # fmt: skip
+    if differ:
+        raise mv.InputError(f"{folder} was trained for something else; these differ:\n  • " + "\n  • ".join(differ)
+                            + "\nGive the same flags and records, or start in another --output_dir")  # fmt: skip
+
+
+def make_weights(records: Dataset, config, args, device) -> torch.Tensor | None:
+    """The loss's weight of each class: class-balanced, from --focal_alpha, or none."""
+    names, weights = [config.id2label[i] for i in range(config.num_labels)], None
+    if args.loss_type.startswith("class_balanced"):
+        counts = Counter(name for labels in records["label"] for name in labels)
+        weights = class_balanced_weights([counts[name] for name in names], args.class_balanced_beta)
+    elif args.focal_alpha:
+        weights = parse_weights(args.focal_alpha)
+        if len(weights) != len(names):
+            raise mv.InputError(f"--focal_alpha has {len(weights)} weights, but there are {len(names)} classes: "
+                                f"{some(names)}; give one for each, in this order")  # fmt: skip
+    return None if weights is None else torch.tensor(weights, device=device)
+
+
+def class_balanced_order(classes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """An epoch in which all classes come equally often: int64 [N] record indices, a function of (seed, epoch).
+
+    Any C consecutive ones (from a multiple of C) have one of each class, in random order; a class begins again, in a
+    new order, when all of its records were drawn.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    rounds, draws = -(-len(classes) // (classes.max() + 1)), []
+    for name in range(classes.max() + 1):
+        members = np.flatnonzero(classes == name)
+        turns = [rng.permutation(members) for _ in range(-(-rounds // len(members)))]
+        draws.append(np.concatenate(turns)[:rounds])
+    return rng.permuted(np.stack(draws, 1), axis=1).reshape(-1)[: len(classes)]
+
+
+def pack(samples: list[dict], encoder: mv.Encoder, config, device) -> tuple[dict, torch.Tensor]:
+    """mv.pack for prompts: `(model inputs with pool_positions [B], targets)`, the last token of each sample.
+
+    Targets: class indices int64 [B], several labels as 0 and 1 float32 [B, C], or standardised numbers [B, C].
+    """
+    inputs, _, _ = mv.pack(samples, encoder, device)
+    kept = [sample for sample in samples if "input_ids" in sample]
+    ends = np.cumsum([len(sample["input_ids"]) for sample in kept], dtype=np.int64) - 1
+    del inputs["logits_to_keep"]
+    inputs["pool_positions"] = torch.from_numpy(ends).to(device)
+    return inputs, encode_targets(kept, config).to(device)
+
+
+def encode_targets(rows: list[dict], config) -> torch.Tensor:
+    """Targets of samples or records, as pack returns them."""
+    if config.problem_type == REGRESSION:
+        numbers = np.array([row["target"] for row in rows]).reshape(len(rows), -1 if rows else config.num_labels)
+        return torch.from_numpy((numbers - config.target_mean) / config.target_std).float()
+    indices = [[config.label2id[name] for name in row["label"]] for row in rows]
+    if config.problem_type == SINGLE:
+        return torch.tensor([index for (index,) in indices], dtype=torch.long)
+    targets = torch.zeros(len(rows), config.num_labels)
+    for target, several in zip(targets, indices):
+        target[several] = 1
+    return targets
+
+
+# ---- evaluation
+
+
+def count_hits(logits: torch.Tensor, targets: torch.Tensor, config) -> torch.Tensor:
+    """Samples whose classes are all right, or for regression the summed absolute error in the targets' own units."""
+    if config.problem_type == SINGLE:
+        return (logits.argmax(1) == targets).sum()
+    if config.problem_type == MULTI:
+        return ((logits > 0) == (targets > 0)).all(1).sum()
+    return ((logits - targets).abs() * torch.tensor(config.target_std, device=logits.device)).mean(1).sum()
+
+
+def ranking_metrics(truth: np.ndarray, scores: np.ndarray) -> dict:
+    """Area under the ROC curve and average precision: means over the classes that have both kinds of samples.
+
+    truth 0 and 1 [N, C], scores [N, C]; without any such class there are none.
+    """
+    mixed = [c for c in range(truth.shape[1]) if 0 < truth[:, c].sum() < len(truth)]
+    if not mixed:
+        return {}
+    return {
+        "eval_auroc": float(np.mean([metrics.roc_auc_score(truth[:, c], scores[:, c]) for c in mixed])),
+        "eval_average_precision": float(
+            np.mean([metrics.average_precision_score(truth[:, c], scores[:, c]) for c in mixed])
+        ),
+    }
+
+
+def classification_metrics(classes: np.ndarray, probabilities: np.ndarray) -> dict:
+    """Metrics of one class per sample: classes int64 [N], probabilities [N, C].
+
+    f1 is the mean over the classes that occur in the truth or the predictions, balanced accuracy over those in the
+    truth; with two classes AUROC and average precision are those of the second.
+    """
+    predicted, count = probabilities.argmax(1), probabilities.shape[1]
+    truth = np.eye(count, dtype=int)[classes]
+    of = slice(1, 2) if count == 2 else slice(None)
+    return {
+        "eval_accuracy": float(metrics.accuracy_score(classes, predicted)),
+        "eval_balanced_accuracy": float(
+            metrics.recall_score(classes, predicted, labels=np.unique(classes), average="macro")
+        ),
+        "eval_f1": float(metrics.f1_score(classes, predicted, average="macro")),
+        **ranking_metrics(truth[:, of], probabilities[:, of]),
+        "eval_confusion_matrix": metrics.confusion_matrix(classes, predicted, labels=range(count)).tolist(),
+    }
+
+
+def multi_label_metrics(truth: np.ndarray, probabilities: np.ndarray) -> dict:
+    """Metrics of any number of classes per sample: truth 0 and 1 [N, C], probabilities [N, C], threshold 0.5.
+
+    Accuracy counts samples whose classes are all right.
+    """
+    predicted = (probabilities > 0.5).astype(int)
+    return {
+        "eval_accuracy": float(metrics.accuracy_score(truth, predicted)),
+        "eval_f1": float(metrics.f1_score(truth, predicted, average="macro", zero_division=0)),
+        **ranking_metrics(truth, probabilities),
+        "eval_confusion_matrix": metrics.multilabel_confusion_matrix(truth, predicted).tolist(),
+    }
+
+
+def regression_metrics(targets: np.ndarray, predictions: np.ndarray, names: list[str]) -> dict:
+    """Mean absolute error, root mean squared error, R² and Pearson's r, in the targets' own units: both [N, C].
+
+    Of several targets the means, and each one's own under its name. R² and r need samples that differ.
+    """
+    rows = {}
+    for c, name in enumerate(names):
+        true, said = targets[:, c], predictions[:, c]
+        row = {"mae": metrics.mean_absolute_error(true, said), "rmse": metrics.root_mean_squared_error(true, said)}
+        if np.ptp(true) > 0:
+            row["r2"] = metrics.r2_score(true, said)
+            row["pearson"] = np.corrcoef(true, said)[0, 1] if np.ptp(said) > 0 else 0.0
+        rows[name] = {key: float(value) for key, value in row.items()}
+    shared = [key for key in ("mae", "rmse", "r2", "pearson") if all(key in row for row in rows.values())]
+    result = {f"eval_{key}": float(np.mean([row[key] for row in rows.values()])) for key in shared}
+    if len(names) > 1:
+        result |= {f"eval_{key}/{name}": value for name, row in rows.items() for key, value in row.items()}
+    return result
+
+
+def judge_logits(records: Dataset, logits: np.ndarray, config) -> tuple[dict, list[dict]]:
+    """Metrics of the records and their rows for predictions.jsonl: logits [N, C], numbers in their own units."""
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    truth = encode_targets(records, config).numpy()
+    if config.problem_type == REGRESSION:
+        logits = logits * config.target_std + config.target_mean
+        truth = np.array([record["target"] for record in records])
+        result = regression_metrics(truth, logits, names)
+        rows = [{"label": dict(zip(names, true)), "prediction": dict(zip(names, said))}
+                for true, said in zip(truth.tolist(), logits.tolist())]  # fmt: skip
+    else:
+        probabilities = torch.from_numpy(logits)
+        single = config.problem_type == SINGLE
+        probabilities = (probabilities.softmax(1) if single else probabilities.sigmoid()).numpy()
+        result = (classification_metrics if single else multi_label_metrics)(truth, probabilities)
+        rows = []
+        for record, shares in zip(records, probabilities):
+            said = names[shares.argmax()] if single else [name for name, share in zip(names, shares) if share > 0.5]
+            told = record["label"][0] if single else record["label"]
+            rows.append({"label": told, "prediction": said, "probabilities": dict(zip(names, shares.tolist()))})
+    return result, [{"id": record["id"], **row} for record, row in zip(records, rows)]
+
+
+@torch.no_grad()
+def evaluate(engine, stream, records, encoder, args, weights, caught) -> tuple[dict, list[dict]] | None:
+    """Loss and metrics over all of `records`, and a row of predictions.jsonl for each.
+
+    None if a process was asked to stop meanwhile.
+    """
+    model, accelerator, config = engine.model, engine.accelerator, engine.raw_model.config
+    model.eval()
+    rows = mv.micro_batches(list(range(len(records))), args.per_device_eval_batch_size,
+                            accelerator.process_index, accelerator.num_processes)  # fmt: skip
+    # logits, and 1 where there are some: every record is computed by one process
+    table = torch.zeros(len(records), config.num_labels + 1, dtype=torch.float64, device=accelerator.device)
+    loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    bar = tqdm(total=len(rows), desc="eval", leave=False, disable=not accelerator.is_main_process)
+    for indices, samples in zip(rows, stream.batches(records, rows, args.eval_image_folder)):
+        if mv.stop_asked(accelerator, caught):
+            return None
+        inputs, targets = pack(samples, encoder, config, accelerator.device)
+        with engine.autocast():
+            logits = model(**inputs).logits
+            loss += objective(logits, targets, args, weights)
+        places = [i for i, sample in zip(indices, samples) if "input_ids" in sample]
+        table[places] = F.pad(logits.double(), (0, 1), value=1.0)
+        bar.update()
+    bar.close()
+    model.train()
+    table, loss = accelerator.reduce(table).cpu(), accelerator.reduce(loss).item()
+    kept = table[:, -1].nonzero()[:, 0].tolist()
+    if not kept:
+        mv.stop_all(accelerator, f"{args.eval_path}: no record was evaluated, all {len(records)} were skipped")
+    records, logits = records.select(kept), table[kept, :-1].numpy()
+    if broken := np.flatnonzero(~np.isfinite(logits).all(1)).tolist():
+        mv.stop_all(accelerator, f"evaluation: the outputs for record {some(records[i]['id'] for i in broken)} "
+                    "are not finite: lower --learning_rate")  # fmt: skip
+    result, predictions = judge_logits(records, logits, config)
+    return {"eval_loss": loss / len(kept), "eval_samples": len(kept), **result}, predictions
+
+
+def write_predictions(path: Path, rows: list[dict]):
+    """Write predictions.jsonl aside, then rename: the file is never half there."""
+    aside = path.with_name(f".{path.name}.aside")
+    aside.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def main():
+    args = mv.parse_arguments(ClassificationArguments)
+    trackers = [name for name in args.report_to if name != "none"]
+    accelerator = mv.make_accelerator(args)
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics_path = output_dir / "metrics.jsonl"
+
+    # ---- data: everything that can be wrong with it is said before any weight is loaded
+    here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
+    args.image_folder = args.image_folder or str(here)
+    args.eval_image_folder = args.eval_image_folder or args.image_folder
+    with accelerator.main_process_first():
+        normalize = partial(normalize_record, problem_type=args.problem_type, default_prompt=args.default_prompt)
+        records = mv.load_records(args.data_path, normalize, FEATURES)
+        eval_records = mv.load_records(args.eval_path, normalize, FEATURES) if args.eval_path else None
+    encoder = mv.Encoder(args.model_id, args)
+    config = make_config(records, args, encoder)
+    if eval_records:
+        check_records(eval_records, config, args.eval_path)
+    weights = make_weights(records, config, args, accelerator.device)
+    stream = mv.SampleStream(encoder, args)
+    batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
+    samples_per_step = batch_size * args.gradient_accumulation_steps * world_size
+    total_steps = mv.count_steps(len(records), samples_per_step, args)
+
+    # ---- model and optimizer
+    resumed = mv.find_checkpoint(args)
+    if resumed:
+        check_same_head(resumed, config)
+    raw_model = mv.load_model(args, accelerator.device, resumed, CLASSIFIERS[config.model_type], config)
+    engine = mv.Engine(accelerator, raw_model, args)
+    model, raw_model = engine.model, engine.raw_model
+
+    # ---- resume: `state` is everything that is not a tensor
+    state = {
+        "step": 0, "samples_seen": 0, "bad_steps": 0, "bad_videos": 0, "all_videos": 0, "eval_due": False,
+        "save_due": False, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
+        "run": mv.run_identity(args, encoder, records, samples_per_step),
+    }  # fmt: skip
+    state["run"]["class-balanced order"] = args.class_balanced_order
+    if resumed:
+        state = mv.restore_checkpoint(resumed, engine, state)
+    if is_main:
+        for name in ("metrics.jsonl", "bad_steps.jsonl"):
+            mv.cut_jsonl(output_dir / name, state["step"])
+        mv.write_json(output_dir / "arguments.json", asdict(args))
+    if trackers:
+        config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
+        names = {"wandb": {"name": args.run_name}} if args.run_name else {}
+        accelerator.init_trackers(output_dir.name, config, names)
+    if is_main:
+        mv.describe_run(args, raw_model, stream, records, total_steps, world_size)
+
+    # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
+    order = {}
+    if args.class_balanced_order:
+        order = {"order": partial(class_balanced_order, encode_targets(records, config).numpy())}
+    windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"], **order)
+    windows = itertools.islice(windows, max(0, total_steps - state["step"]))
+    rank = accelerator.process_index
+    steps = stream.steps(records, windows, batch_size, rank, world_size, args.image_folder)
+    bar = tqdm(total=total_steps, initial=state["step"], desc="train", disable=not is_main)
+    model.train()
+    caught, saved_step = mv.catch_signals(), None
+    while True:
+        epoch = state["samples_seen"] / len(records)
+        if state["eval_due"]:
+            evaluation = evaluate(engine, stream, eval_records, encoder, args, weights, caught)
+            if stop := evaluation is None:
+                break
+            result, predictions = evaluation
+            improved = mv.judge(state, result, args)
+            state["eval_due"] = False
+            state["save_due"] = state["save_due"] or (improved and args.load_best_model_at_end)
+            if improved and state["save_due"]:
+                state["best_checkpoint"] = f"checkpoint-{state['step']}"
+            if is_main:
+                mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
+                if improved or not args.load_best_model_at_end:  # those of the model that is published
+                    write_predictions(output_dir / "predictions.jsonl", predictions)
+                result = {key: value for key, value in result.items() if not isinstance(value, list)}
+                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
+            if trackers:
+                accelerator.log(result, state["step"])
+        if state["save_due"]:
+            state["save_due"], saved_step = False, state["step"]
+            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+            if is_main:
+                mv.prune_checkpoints(args.output_dir, args.save_total_limit, state["best_checkpoint"])
+        early = 0 < args.early_stopping_patience <= state["evals_without_gain"]
+        if early or state["step"] >= total_steps:
+            break
+
+        # ---- data, and the exchange that keeps the processes together
+        started = time.perf_counter()
+        window, samples_seen, rows = next(steps)
+        data_wait = time.perf_counter() - started
+        packed = [pack(samples, encoder, config, accelerator.device) for samples in rows]
+        encoded = [sample for samples in rows for sample in samples]
+        kept = [sample for sample in encoded if "input_ids" in sample]
+        counts = {
+            "samples": len(kept),
+            "skipped_samples": len(encoded) - len(kept),
+            "shrunk_samples": sum(sample["shrunk"] for sample in kept),
+            "videos": sum(sample["num_videos"] for sample in kept),
+            "images": sum(sample["num_images"] for sample in kept),
+            "bad_videos": sum(len(sample["bad"]) for sample in encoded),
+            "tokens": sum(sample["num_tokens"] for sample in kept),
+            "supervised_tokens": sum(len(targets) for _, targets in packed),
+        }
+        counts, stop = mv.exchange(accelerator, state, window, counts, caught)
+        if stop:
+            break
+        mv.check_bad_ratio(accelerator, args, state, counts)
+        window_tokens = max(counts["supervised_tokens"], 1)
+
+        # ---- forward, backward, step
+        factor = mv.lr_factor(state["step"], total_steps, args)
+        engine.set_learning_rate(factor)
+        step_loss = torch.zeros((), device=accelerator.device)
+        hits = torch.zeros((), device=accelerator.device)
+        for k, (inputs, targets) in enumerate(packed):
+            last = k == len(packed) - 1
+            with engine.row(last):
+                with engine.autocast():
+                    # Gradients are averaged over processes: times world_size makes it the sum over the window.
+                    logits = model(**inputs).logits
+                    loss = objective(logits, targets, args, weights) * world_size / window_tokens
+                step_loss += loss.detach() / world_size
+                hits += count_hits(logits.detach(), targets, config) / window_tokens
+                if last:
+                    step_loss, hits = accelerator.reduce(torch.stack([step_loss, hits]))
+                    loss_finite = bool(torch.isfinite(step_loss))
+                    loss = loss if loss_finite else loss * math.nan  # then no process updates anything
+                engine.backward(loss)
+        grad_norm, overflow = engine.step()
+        bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
+        state["step"], state["samples_seen"] = state["step"] + 1, samples_seen
+        state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
+
+        # ---- log
+        seconds = time.perf_counter() - started
+        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
+        row = {
+            "step": state["step"],
+            "epoch": round(samples_seen / len(records), 6),
+            "loss": float(step_loss),
+            "mae" if args.problem_type == REGRESSION else "accuracy": float(hits),
+            "learning_rate": args.learning_rate * factor,
+            "grad_norm": grad_norm,
+            **counts,
+            "records_crc32": zlib.crc32(json.dumps(window).encode()),
+            "step_seconds": round(seconds, 4),
+            "data_wait_seconds": round(data_wait, 4),
+            "max_memory_gb": round(memory, 3),
+        }
+        if bad or overflow:
+            row["not_finite"] = "loss" if not loss_finite else "gradient"
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        if is_main:
+            mv.append_jsonl(metrics_path, row)
+            if bad:
+                mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
+        if trackers and state["step"] % args.logging_steps == 0:
+            accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
+        bar.set_postfix_str(
+            f"loss {float(step_loss):.4f}, {counts['samples'] / seconds:.1f} samples/s, "
+            f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}"
+        )
+        bar.update()
+        if state["bad_steps"] >= args.max_bad_steps:
+            mv.stop_all(accelerator, f"{args.max_bad_steps} steps in a row had a loss or gradient that is not finite; "
+                        f"the newest checkpoint has the last good weights. Their records and files are in "
+                        f"{output_dir / 'bad_steps.jsonl'}")  # fmt: skip
+
+        # ---- what is due now
+        ends_epoch, ends = samples_seen % len(records) == 0, state["step"] >= total_steps
+        due = {"no": False, "steps": state["step"] % (args.eval_steps or args.logging_steps) == 0, "epoch": ends_epoch}
+        state["eval_due"] = args.eval_strategy != "no" and (due[args.eval_strategy] or ends)
+        due = {"no": False, "steps": state["step"] % args.save_steps == 0, "epoch": ends_epoch}
+        state["save_due"] = due[args.save_strategy]
+
+    # ---- the end: asked to stop, or done
+    bar.close()
+    steps.close()
+    stream.close()
+    if stop:
+        if state["step"] != saved_step:
+            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+        mv.say(f"stopped by a signal after step {state['step']}: go on with --resume_from_checkpoint auto")
+        accelerator.end_training()
+        raise SystemExit(143)
+    if early:
+        mv.say(f"stopped early: {state['evals_without_gain']} evaluations without improvement")
+    best = state["best_checkpoint"] if args.load_best_model_at_end else None
+    mv.publish_model(args.output_dir, engine, encoder.processor, best)
+    mv.say(f"saved {best or 'the last step'} to {output_dir}; every step is in {metrics_path}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    mv.run(main)
