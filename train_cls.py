@@ -542,8 +542,10 @@ def pack(samples: list[dict], encoder: mv.Encoder, config, device) -> tuple[dict
     return inputs, encode_targets(kept, config).to(device)
 
 
-def encode_targets(rows: list[dict], config) -> torch.Tensor:
+def encode_targets(rows: list[dict] | Dataset, config) -> torch.Tensor:
     """Targets of samples or records, as pack returns them."""
+    if isinstance(rows, Dataset):
+        rows = rows.select_columns(["label", "target"]).to_list()
     if config.problem_type == REGRESSION:
         numbers = np.array([row["target"] for row in rows]).reshape(len(rows), -1 if rows else config.num_labels)
         return torch.from_numpy((numbers - config.target_mean) / config.target_std).float()
@@ -642,6 +644,7 @@ def judge_logits(records: Dataset, logits: np.ndarray, config) -> tuple[dict, li
     """Metrics of the records and their rows for predictions.jsonl: logits [N, C], numbers in their own units."""
     names = [config.id2label[i] for i in range(config.num_labels)]
     truth = encode_targets(records, config).numpy()
+    records = records.select_columns(["id", "label", "target"])
     if config.problem_type == REGRESSION:
         logits = logits * config.target_std + config.target_mean
         truth = np.array([record["target"] for record in records])
@@ -725,10 +728,10 @@ def main():
         records = mv.load_records(args.data_path, normalize, FEATURES)
         eval_records = mv.load_records(args.eval_path, normalize, FEATURES) if args.eval_path else None
     encoder = mv.Encoder(args.model_id, args)
-    config = make_config(records, args, encoder)
+    model_config = make_config(records, args, encoder)
     if eval_records:
-        check_records(eval_records, config, args.eval_path)
-    weights = make_weights(records, config, args, accelerator.device)
+        check_records(eval_records, model_config, args.eval_path)
+    weights = make_weights(records, model_config, args, accelerator.device)
     stream = mv.SampleStream(encoder, args)
     batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
     samples_per_step = batch_size * args.gradient_accumulation_steps * world_size
@@ -737,8 +740,8 @@ def main():
     # ---- model and optimizer
     resumed = mv.find_checkpoint(args)
     if resumed:
-        check_same_head(resumed, config)
-    raw_model = mv.load_model(args, accelerator.device, resumed, CLASSIFIERS[config.model_type], config)
+        check_same_head(resumed, model_config)
+    raw_model = mv.load_model(args, accelerator.device, resumed, CLASSIFIERS[model_config.model_type], model_config)
     engine = mv.Engine(accelerator, raw_model, args)
     model, raw_model = engine.model, engine.raw_model
 
@@ -763,10 +766,10 @@ def main():
         mv.describe_run(args, raw_model, stream, records, total_steps, world_size)
 
     # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
-    order = {}
+    order = None
     if args.class_balanced_order:
-        order = {"order": partial(class_balanced_order, encode_targets(records, config).numpy())}
-    windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"], **order)
+        order = partial(class_balanced_order, encode_targets(records, model_config).numpy())
+    windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"], order)
     windows = itertools.islice(windows, max(0, total_steps - state["step"]))
     rank = accelerator.process_index
     steps = stream.steps(records, windows, batch_size, rank, world_size, args.image_folder)
@@ -789,7 +792,8 @@ def main():
                 mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
                 if improved or not args.load_best_model_at_end:  # those of the model that is published
                     write_predictions(output_dir / "predictions.jsonl", predictions)
-                result = {key: value for key, value in result.items() if not isinstance(value, list)}
+            result.pop("eval_confusion_matrix", None)  # for the file alone
+            if is_main:
                 bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
             if trackers:
                 accelerator.log(result, state["step"])
@@ -806,7 +810,7 @@ def main():
         started = time.perf_counter()
         window, samples_seen, rows = next(steps)
         data_wait = time.perf_counter() - started
-        packed = [pack(samples, encoder, config, accelerator.device) for samples in rows]
+        packed = [pack(samples, encoder, model_config, accelerator.device) for samples in rows]
         encoded = [sample for samples in rows for sample in samples]
         kept = [sample for sample in encoded if "input_ids" in sample]
         counts = {
@@ -838,7 +842,7 @@ def main():
                     logits = model(**inputs).logits
                     loss = objective(logits, targets, args, weights) * world_size / window_tokens
                 step_loss += loss.detach() / world_size
-                hits += count_hits(logits.detach(), targets, config) / window_tokens
+                hits += count_hits(logits.detach(), targets, model_config) / window_tokens
                 if last:
                     step_loss, hits = accelerator.reduce(torch.stack([step_loss, hits]))
                     loss_finite = bool(torch.isfinite(step_loss))

@@ -498,9 +498,7 @@ def test_labels_found_or_given(tiny_model):
     assert names([1, 2], [3, 4], problem_type=REGRESSION) == ["target_0", "target_1"]
     assert names([1, 2], [3, 4], problem_type=REGRESSION, labels=["ef", "edv"]) == ["ef", "edv"]
     _, config = made([[10, 1], [20, 3], [30, 8]], tiny_model, REGRESSION)
-    assert config.target_mean == pytest.approx([20, 4]) and config.target_std == pytest.approx(
-        np.std([10, 20, 30]), abs=9
-    )
+    assert config.target_mean == pytest.approx([20, 4])
     assert config.target_std == pytest.approx([np.std([10, 20, 30]), np.std([1, 3, 8])])
 
 
@@ -683,14 +681,14 @@ def predictions(folder):
 def test_classification_run(train, folder, tmp_path, capsys):
     """Losses fall; the first is the plain mean; metrics, predictions and the saved model agree."""
     data = folder / f"{SINGLE}.json"
-    rows = train(tmp_path, "--eval_path", data, "--eval_strategy", "steps", "--eval_steps", 4, "--max_steps", 20,
+    rows = train(tmp_path, "--eval_path", data, "--eval_strategy", "steps", "--eval_steps", 4, "--max_steps", 28,
                  "--mlp_head_dim", 32, "--save_strategy", "no", "--per_device_eval_batch_size", 5)  # fmt: skip
     steps, evals = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
     assert [r["samples"] for r in steps[:4]] == [4, 4, 4, 1] and steps[0]["loss"] == pytest.approx(
         math.log(3), rel=0.05
     )
-    assert steps[-1]["loss"] < 0.7 and 0 <= steps[0]["accuracy"] <= 1 and steps[0]["supervised_tokens"] == 4
-    assert evals[-1]["eval_loss"] < evals[0]["eval_loss"] and evals[-1]["eval_samples"] == 13
+    assert 0 <= steps[0]["accuracy"] <= 1 and steps[0]["supervised_tokens"] == 4
+    assert evals[-1]["eval_loss"] < 0.8 < evals[0]["eval_loss"] and evals[-1]["eval_samples"] == 13
     said = predictions(tmp_path)
     assert [row["id"] for row in said] == [f"r{i}" for i in range(13)]
     assert [row["label"] for row in said] == [COLOURS[i % 3] for i in range(13)]
@@ -879,7 +877,8 @@ def test_two_processes_equal_one(train, wide_model, folder, tmp_path, config):
     assert "4 per step = 1 samples × 2 rows × 2 processes" in done.stderr
     for ours, theirs in zip(metrics(tmp_path / "two"), one, strict=True):
         for key, value in theirs.items():
-            assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (key, ours["step"])
+            same = ours[key] == value if isinstance(value, list) else ours[key] == pytest.approx(value, 1e-5, 1e-6)
+            assert same, (key, ours["step"])
     expected = load_file(tmp_path / "one" / "model.safetensors")
     weights = load_file(tmp_path / "two" / "model.safetensors")
     assert weights.keys() == expected.keys()
