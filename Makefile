@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-dpo test lint setup clean
+.PHONY: demo demo-dpo demo-cls test lint setup clean
 
 demo: .venv/run.done
 	$(BIN)/python tools/make_demo.py --output_dir demo
@@ -21,6 +21,15 @@ demo-dpo: .venv/run.done
 	    --per_device_train_batch_size 8 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 \
 	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/out_dpo
 	$(BIN)/python tools/show_demo.py demo --pairs
+
+demo-cls: .venv/run.done
+	$(BIN)/python tools/make_demo.py --output_dir demo
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_cls.py \
+	    --model_id demo/model --data_path demo/cls_train.json --eval_path demo/cls_eval.json --image_folder demo/videos \
+	    --video_resized_width 64 --video_resized_height 64 --nframes 4 --num_train_epochs 2 \
+	    --per_device_train_batch_size 8 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 \
+	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/out_cls
+	$(BIN)/python tools/plot_metrics.py demo/out_cls
 
 test: .venv/dev.done lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,8 +1,10 @@
 """train_cls.py: the model against the plain library, losses and metrics against others', and whole runs."""
 
+import contextlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -275,10 +277,12 @@ def test_the_head_is_a_part_of_its_own(tiny_model, folder):
     assert rates == {"head": 1e-4}
 
 
-def test_logits_keep_the_heads_precision(tiny_model, folder):
-    """Under bf16 autocast logits are fp32 products of fp32 weights, not bf16 steps."""
-    _, records, encoder, config, model = load(folder, tiny_model, bf16=True)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("precision", ["bf16", "pure_bf16"])
+def test_logits_are_fp32(tiny_model, folder, precision):
+    """Under autocast and with bf16 weights: no bf16 steps."""
+    _, records, encoder, config, model = load(folder, tiny_model, **{precision: True})
+    low = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    with torch.no_grad(), low:
         logits, _ = packed_logits(model, encoder, config, [records[0]], folder)
     assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
 
@@ -439,6 +443,62 @@ def test_forms_of_a_prompt(record):
     assert [part["files"] for part in turn["content"]] == [["a.mp4"], ["b.mp4"], []]
     assert turn["content"][2]["text"] == "Open?" and row["completions"] == []
     assert (row["id"], row["label"], row["target"]) == ("7", ["yes"], [])
+
+
+@pytest.mark.parametrize("name, problem_type, values", [
+    ("cls_single_label.json", SINGLE, [(["open"], []), (["closed"], []), (["open"], [])]),
+    ("cls_multi_label.jsonl", MULTI, [(["car", "cyclist"], []), ([], []), (["car"], [])]),
+    ("cls_regression.jsonl", REGRESSION, [([], [55.5, 120.0]), ([], [38.0, 171.5])]),
+])  # fmt: skip
+def test_examples(name, problem_type, values):
+    normalize = train_cls.partial(train_cls.normalize_record, problem_type=problem_type, default_prompt="Open?")
+    rows = mv.load_records(str(ROOT / "examples" / name), normalize, train_cls.FEATURES)
+    assert [(row["label"], row["target"]) for row in rows] == values
+    assert all(row["messages"][-1]["content"][0]["type"] == "video" for row in rows)
+    if problem_type == SINGLE:  # the default prompt is part of what is kept: another one gives other rows
+        assert rows[1]["messages"][0]["content"][2]["text"] == "Open?"
+        normalize = train_cls.partial(train_cls.normalize_record, problem_type=problem_type, default_prompt="Shut?")
+        rows = mv.load_records(str(ROOT / "examples" / name), normalize, train_cls.FEATURES)
+        assert rows[1]["messages"][0]["content"][2]["text"] == "Shut?"
+
+
+def test_odd_records_raise_nothing_else():
+    """Random damage to good records: a row of the schema, or a ValueError that begins with its place."""
+    rng = random.Random(0)
+    odd = [
+        None,
+        "",
+        0,
+        3,
+        -1.5,
+        True,
+        math.nan,
+        10**400,
+        [],
+        {},
+        [None],
+        [[]],
+        {"a": None},
+        "x",
+        ["x"],
+        b"x",
+        {"x": 1},
+    ]
+    bases = [(kind, record) for name, kind in (("cls_single_label.json", SINGLE), ("cls_multi_label.jsonl", MULTI),
+                                               ("cls_regression.jsonl", REGRESSION))
+             for _, record in mv.read_records(str(ROOT / "examples" / name))]  # fmt: skip
+    kept = refused = 0
+    for _ in range(1500):
+        kind, base = rng.choice(bases)
+        record = json.loads(json.dumps(base))
+        record[rng.choice([*record, "label", "labels", "prompt", "messages"])] = rng.choice(odd)
+        try:
+            row = train_cls.normalize_record(record, "here", kind, rng.choice([None, "?"]))
+        except ValueError as error:
+            refused += str(error).startswith("here: ")
+        else:
+            kept += all(type(x) is str for x in row["label"]) and all(type(x) is float for x in row["target"])
+    assert kept + refused == 1500 and kept > 100 and refused > 500
 
 
 @pytest.mark.parametrize("problem_type, field, label, target", [
@@ -837,6 +897,18 @@ def test_adapters(train, wide_model, folder, tmp_path, flags):
         logits, _ = packed_logits(model, encoder, config, records, folder)
     p = np.array([[row["probabilities"][name] for name in COLOURS] for row in predictions(tmp_path / "a")])
     np.testing.assert_allclose(logits.softmax(1).numpy(), p, atol=1e-5)
+    if not flags:  # merged: a plain classifier with its labels
+        from merge_lora import merge
+
+        merge(str(tmp_path / "a"), str(tmp_path / "merged"))
+        merged, info = train_cls.Qwen2_5_VLForSequenceClassification.from_pretrained(
+            tmp_path / "merged", output_loading_info=True
+        )
+        assert not info["missing_keys"] and not info["unexpected_keys"] and merged.config.id2label == NAMES
+        mv.use_packed_attention(merged, "sdpa")
+        with torch.no_grad():
+            again, _ = packed_logits(merged.eval(), encoder, config, records, folder)
+        torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])

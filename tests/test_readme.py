@@ -9,10 +9,12 @@ import pytest
 from test_train import ROOT
 
 import multivideo as mv
+import train_cls
 import train_dpo
 import train_sft
 
-SCRIPTS = {"train_sft.py": train_sft.SFTArguments, "train_dpo.py": train_dpo.DPOArguments}
+SCRIPTS = {"train_sft.py": train_sft.SFTArguments, "train_dpo.py": train_dpo.DPOArguments,
+           "train_cls.py": train_cls.ClassificationArguments}  # fmt: skip
 README = (ROOT / "README.md").read_text()
 COMMANDS = [command.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", README, re.S)
             for command in re.findall(r"accelerate launch(?:[^\n]*\\\n)*[^\n]*", block)]  # fmt: skip
@@ -26,7 +28,8 @@ def test_commands_parse(command, tmp_path, monkeypatch, capsys):
     assert (ROOT / config).is_file()
     script = next(word for word in words if word in SCRIPTS)
     argv = words[words.index(script) + 1 :]
-    (tmp_path / argv[argv.index("--data_path") + 1]).write_text("[]")
+    for flag in {"--data_path", "--eval_path"} & set(argv):
+        (tmp_path / argv[argv.index(flag) + 1]).write_text("[]")
     (tmp_path / "videos").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script])

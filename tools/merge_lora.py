@@ -17,10 +17,11 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import multivideo as mv
+from train_cls import CLASSIFIERS
 
 # Largest difference of two logits over their standard deviation: rounding of the merged weights, with room to spare.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -28,7 +29,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 @torch.no_grad()
 def probe_logits(model, processor) -> torch.Tensor:
-    """float32 [T, V]: next-token logits of a fixed text with one video of noise."""
+    """float32 [T, V]: next-token logits of a fixed text with one video of noise; a classifier's at every token."""
     factor = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
     video = torch.randint(256, (2, 3, factor, factor), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     content = [{"type": "video"}, {"type": "text", "text": "What does this video show? Answer in one sentence."}]
@@ -36,6 +37,9 @@ def probe_logits(model, processor) -> torch.Tensor:
     metadata = {"fps": 2.0, "total_num_frames": 2, "frames_indices": [0, 1]}
     inputs = processor(text=[text], videos=[video], video_metadata=[metadata], do_resize=False, do_sample_frames=False,
                        return_tensors="pt")  # fmt: skip
+    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    if hasattr(plain, "score"):
+        return plain.score(plain.model(**inputs, use_cache=False).last_hidden_state)[0].float()
     return model(**inputs, use_cache=False).logits[0].float()
 
 
@@ -59,7 +63,11 @@ def merge(model_id: str, output_path: str, base_model_id: str | None = None, dty
     if os.path.isabs(base) and not Path(base).is_dir():
         raise mv.InputError(f"the adapter's base model {base} is not there any more: say where with --base_model_id")
     processor = AutoProcessor.from_pretrained(adapter)
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype).eval()
+    model_class, kwargs = AutoModelForImageTextToText, {}
+    if (adapter / "config.json").is_file():  # a classifier's, with its labels
+        kwargs["config"] = AutoConfig.from_pretrained(adapter, dtype=AutoConfig.from_pretrained(base).dtype)
+        model_class = CLASSIFIERS[kwargs["config"].model_type]
+    model = model_class.from_pretrained(base, dtype=dtype, **kwargs).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     print(f"{base}: {size / 1e9:.2f} GB in {str(model.dtype).removeprefix('torch.')}", file=sys.stderr)
     model = peft.PeftModel.from_pretrained(model, adapter)
