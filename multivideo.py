@@ -1748,7 +1748,8 @@ def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Ten
     """uint8 [P, 3·2·patch²] → float32, (x − 255·mean) / (255·std) per colour channel, as the HF processors fuse it."""
     mean = torch.tensor(image_mean, device=patches.device)[:, None] * 255
     std = torch.tensor(image_std, device=patches.device)[:, None] * 255
-    return patches.unflatten(1, (3, -1)).float().sub_(mean).div_(std).flatten(1)  # in place: the largest array of a row
+    # in place: it is the largest array of a row
+    return patches.unflatten(1, (3, -1)).float().sub_(mean).div_(std).flatten(1)
 
 
 def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -1911,7 +1912,7 @@ def load_model(
     use_packed_attention(model, kernel)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.disable_input_require_grads()  # which it switched on: gradients would go through frozen parts for nothing
+        model.disable_input_require_grads()  # which it switched on: frozen parts would get gradients for nothing
     return model
 
 

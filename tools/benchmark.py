@@ -2,6 +2,7 @@
 
     python tools/benchmark.py sft
     python tools/benchmark.py dpo
+    python tools/benchmark.py cls
     python tools/benchmark.py data
 
 The usual way: qwen_vl_utils + HF processor in a DataLoader; HF forward with `labels=`, attention sdpa, batch 1 and
@@ -11,6 +12,10 @@ and the ratios' spread. Peak memory is that of a process of its own for each way
 
 `dpo`: pairs of answers. The usual way decodes and processes both conversations of a pair and has two padded rows for
 them, pixels twice, with full logits, under the model and a frozen reference. Ours: the answers share their prompt.
+
+`cls`: prompts are classified, the usual way by the library's classifier on padded batches. Training is measured with
+its data, two workers and batch 4, in the first epoch and in later ones, where our frames are cached. (Without an
+output layer over words the vocabulary is the demo's.)
 
 `data`: clips of several kinds, without the video cache and with it warm; the share of time that a loop waits for data
 with a warm cache and steps of half a second; three epochs of the demo, processes started and model saved.
@@ -41,6 +46,7 @@ import transformers
 from make_demo import make_demo, save_tiny_model
 
 import multivideo as mv
+import train_cls
 import train_dpo
 import train_sft
 
@@ -74,11 +80,11 @@ def write_records(path: Path, videos: list[list[str]]):
     path.write_text(json.dumps([{"id": r, "video": names, "conversations": turns} for r, names in enumerate(videos)]))
 
 
-def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int) -> Path:
-    """A model with Qwen's vocabulary, `num_videos` clips of 3 s (pixels × pixels) per record; records and pairs."""
+def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int, vocab_size=151936) -> Path:
+    """A model with Qwen's vocabulary, `num_videos` clips of 3 s (pixels × pixels) per record; records of all kinds."""
     import numpy as np
 
-    save_tiny_model(folder / "model", vocab_size=151936)
+    save_tiny_model(folder / "model", vocab_size=vocab_size)
     rng = np.random.default_rng(0)
     for i in range(num_videos * min(num_records, 4)):
         make_clip(folder / f"{i}.mp4", pixels, pixels, rng)
@@ -87,6 +93,8 @@ def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int) -
     write_records(folder / "data.json", videos)
     answers = {"prompt": QUESTION, "chosen": ANSWER, "rejected": REJECTED}
     (folder / "pairs.json").write_text(json.dumps([{"video": names, **answers} for names in videos]))
+    asked = [{"video": names, "prompt": QUESTION, "label": "abcd"[r % 4]} for r, names in enumerate(videos)]
+    (folder / "labels.json").write_text(json.dumps(asked))
     return folder
 
 
@@ -130,12 +138,15 @@ class UsualDataset(torch.utils.data.Dataset):
                        {"type": "video", "video": str(self.folder / part["files"][0]), **sizes}
                        for part in turn["content"]]  # fmt: skip
             messages.append({"role": turn["role"], "content": content})
-        text = self.processor.apply_chat_template(messages, tokenize=False)
+        asks = messages[-1]["role"] == "user"  # a prompt to classify
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
         _, videos, _ = qwen_vl_utils.process_vision_info(messages, True, return_video_metadata=True)
         inputs = self.processor(
             text=[text], videos=[v for v, _ in videos], video_metadata=[m for _, m in videos],
             do_resize=False, do_sample_frames=False, return_tensors="pt",
         )  # fmt: skip
+        if asks:
+            return inputs
         answer = messages[-1]["content"][-1]["text"] + "<|im_end|>\n"
         answer = self.processor.tokenizer(answer, return_tensors="pt")["input_ids"].shape[1]
         inputs["labels"] = inputs["input_ids"].clone()
@@ -169,9 +180,9 @@ def pad(batch):
 
     joined = {name: torch.cat([torch.as_tensor(b[name]) for b in batch])
               for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")}  # fmt: skip
+    labels = {"labels": padded("labels", -100)} if "labels" in batch[0] else {}
     return {"input_ids": padded("input_ids", 0), "attention_mask": padded("attention_mask", 0),
-            "labels": padded("labels", -100), "mm_token_type_ids": padded("mm_token_type_ids", 0),
-            **joined}  # fmt: skip
+            "mm_token_type_ids": padded("mm_token_type_ids", 0), **labels, **joined}  # fmt: skip
 
 
 def usual_loader(dataset, batch_size, collate, shuffle=False):
@@ -258,6 +269,66 @@ class PairWays:
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
+
+
+class ClassifierWays(Ways):
+    """The same for classifiers: prompts padded for the library's forward, or packed."""
+
+    def __init__(self, folder, records, args):
+        super().__init__(folder, records, args)
+        self.config = train_cls.make_config(records, args, self.encoder)
+        self.targets = train_cls.encode_targets(records, self.config)
+
+    def load(self, way):
+        model_class = train_cls.CLASSIFIERS[self.config.model_type]
+        if way == "usual":
+            model = model_class.from_pretrained(self.args.model_id, config=self.config, dtype=torch.float32)
+            model.init_head(self.args)
+        else:
+            model = mv.load_model(self.args, "cpu", None, model_class, self.config)
+        return model.train(), mv.make_optimizer(model, self.args)
+
+    def step(self, way, model, optimizer, batch_size, samples=None, first=0):
+        """One optimizer step on `samples` (the usual way: padded); the loss is the mean over samples in both."""
+        if samples is None:
+            samples = pad(self.usual[:batch_size]) if way == "usual" else self.ours[:batch_size]
+        targets = self.targets[first : first + batch_size]
+        if way == "usual":
+            loss = model(**samples, labels=targets, use_cache=False).loss
+        else:
+            inputs, targets = train_cls.pack(samples, self.encoder, self.config, "cpu")
+            loss = train_cls.objective(model(**inputs).logits, targets, self.args, None) / len(targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+
+def time_training(ways, folder, records, args, rounds):
+    """{way: [seconds per sample]} over all records in batches of 4, data included, two workers each, in turn."""
+    loader = usual_loader(UsualDataset(folder, folder / "model", records, 56), 4, pad)
+    streams = {}
+    (folder / "cache").mkdir()
+    for way, cache in (("ours", None), ("cached", str(folder / "cache"))):
+        own = dataclasses.replace(args, video_cache=cache)
+        streams[way] = mv.SampleStream(mv.Encoder(args.model_id, own), own)
+    batches = [list(range(start, min(start + 4, len(records)))) for start in range(0, len(records), 4)]
+    models = {way: ways.load("usual" if way == "usual" else "ours") for way in ("usual", *streams)}
+    times = {way: [] for way in models}
+    for r in range(rounds + 1):
+        losses = {}
+        for way, (model, optimizer) in models.items():
+            kind = "usual" if way == "usual" else "ours"
+            started = time.perf_counter()
+            data = loader if way == "usual" else streams[way].batches(records, batches, str(folder))
+            losses[way] = [ways.step(kind, model, optimizer, 4, samples, 4 * k) for k, samples in enumerate(data)]
+            if r:  # the first round starts the workers and fills the cache
+                times[way].append((time.perf_counter() - started) / len(records))
+        assert [len(values) for values in losses.values()] == [len(batches)] * 3
+        assert r or all(abs(a - b) < 1e-3 for a, b in zip(losses["usual"], losses["ours"])), losses
+    for stream in streams.values():
+        stream.close()
+    return times
 
 
 def time_steps(ways, rounds, batch_sizes=(1, 4)):
@@ -496,10 +567,36 @@ def benchmark_pairs(options):
     write("dpo", lines, {"where": where, **raw}, options.output_dir)
 
 
+def benchmark_classifier(options):
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_samples(Path(temporary), 12, 30, 112, vocab_size=None)
+        args = train_cls.ClassificationArguments(
+            model_id=str(folder / "model"), nframes=4, video_resized_width=56, video_resized_height=56,
+            dataloader_num_workers=2, output_dir=temporary,
+        )  # fmt: skip
+        args.check(set())
+        records = mv.load_records(str(folder / "labels.json"), train_cls.normalize_record, train_cls.FEATURES)
+        training = time_training(ClassifierWays(folder, records, args), folder, records, args, options.rounds)
+        steps = time_steps(ClassifierWays(folder, records, args), options.rounds)
+    lines = ["| 30 videos × 4 frames × 56 px | usual way | ours | ratio |", "|---|---|---|---|"]
+    figures, where = {}, where_and_when()
+    rows = {"training with its data, batch 4, s per sample: first epoch": (training["usual"], training["ours"]),
+            "… later epochs": (training["usual"], training["cached"]),
+            **{f"training step alone, batch {b}, s per sample": (steps["usual", b], steps["ours", b])
+               for b in (1, 4)}}  # fmt: skip
+    for name, (usual, ours) in rows.items():
+        text, figures[name] = ratio(usual, ours)
+        lines.append(f"| {name} | {spread(usual)} | {spread(ours)} | {text} |")
+    lines += ["", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."]
+    raw = {"where": where, "ratios": figures, "training": training,
+           "steps": {f"{w} {b}": t for (w, b), t in steps.items()}}  # fmt: skip
+    write("cls", lines, raw, options.output_dir)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=["sft", "dpo", "data"], help="which trainer's data and step, or which data, to measure"
+        "what", choices=["sft", "dpo", "cls", "data"], help="which trainer's data and step, or which data, to measure"
     )
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; each runs every way once")
     parser.add_argument("--output_dir", default="benchmarks", help="folder for the table and the JSON")
@@ -512,8 +609,8 @@ def main():
     if options.what == "data" and options.folder:
         usual_training(Path(options.folder))
         return
-    if options.what == "dpo":
-        benchmark_pairs(options)
+    if options.what in ("dpo", "cls"):
+        (benchmark_pairs if options.what == "dpo" else benchmark_classifier)(options)
         return
     with tempfile.TemporaryDirectory() as temporary:
         args = mv.TrainingArguments(
