@@ -64,6 +64,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
@@ -1555,11 +1556,13 @@ class Encoder:
         num_tokens = len(ids) + sum(len(suffix) for suffix, _ in suffixes)
         sample |= {"num_tokens": num_tokens, "num_videos": len(parts) - num_images, "num_images": num_images}
         longest = len(ids) + max((len(suffix) for suffix, _ in suffixes), default=0)
-        if longest > self.args.max_seq_length:
+        flag = "max_prompt_length" if record.get("completions") == [] else "max_seq_length"
+        most = getattr(self.args, flag, None) or self.args.max_seq_length
+        if longest > most:
             if self.args.on_long_sample == "error":
                 raise InputError(
-                    f"record {record['id']}: {longest} tokens ({sum(pads)} visual), --max_seq_length is "
-                    f"{self.args.max_seq_length}: raise it, set --max_video_tokens, lower --fps or the sizes, or "
+                    f"record {record['id']}: {longest} tokens ({sum(pads)} visual), --{flag} is "
+                    f"{most}: raise it, set --max_video_tokens, lower --fps or the sizes, or "
                     "--on_long_sample skip"
                 )
             return sample  # no input_ids: skipped and counted
@@ -1678,6 +1681,11 @@ def packed_attention(
         if kernel != "sdpa":
             return _varlen(kernel, query, key, value, cu, cu, longest, longest, False, scaling), None
         return _chunks_sdpa(query, key, value, (cu[1:] - cu[:-1]).tolist(), scaling), None
+    if attention_mask is not None:  # completions being decoded: [B, 1, T, K], which key each of their tokens sees
+        q = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # heads that share keys side by side: none is copied
+        mask = attention_mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
+        output = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scaling)
+        return output.reshape(*query.shape).transpose(1, 2), None
     if plan is None:
         raise ValueError("packed attention needs plan=…; to generate or to use padded batches, first call "
                          "model.set_attn_implementation('sdpa')")  # fmt: skip
@@ -1811,14 +1819,14 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
     return row, targets, sequences
 
 
-def token_logps(logits: torch.Tensor, targets: torch.Tensor, chunk: int = 1024) -> torch.Tensor:
-    """Log-probability of each target: logits [1, S, V], targets [S] → float32 [S].
+def token_logps(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, chunk: int = 1024):
+    """Log-probability of each target, logits divided by `temperature`: logits [1, S, V], targets [S] → float32 [S].
 
     In chunks, recomputed in the backward pass, so that fp32 log-probabilities of all S × V are never held at once.
     """
 
     def logps(part, target):
-        return -F.cross_entropy(part.float(), target, reduction="none")
+        return -F.cross_entropy(part.float() / temperature, target, reduction="none")
 
     parts = zip(logits[0].split(chunk), targets.split(chunk))
     if len(targets) <= chunk:
@@ -2237,6 +2245,26 @@ class Engine:
         """Context of the forward pass; DeepSpeed holds the weights in the low type itself and keeps fp32 masters."""
         dtype = None if self.deepspeed else autocast_dtype(self.args)
         return torch.autocast(self.accelerator.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def gathered(self):
+        """While it lasts, every process has all weights in `raw_model`, whose forward waits for no other process."""
+        if self.deepspeed and self.model.zero_optimization_partition_weights():
+            import deepspeed
+
+            with deepspeed.zero.unwrap_model_for_generation(self.model):
+                yield
+        elif self.accelerator.is_fsdp2:
+            blocks = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+            for block in blocks:
+                block.set_reshard_after_forward(False, recurse=False)
+                block.unshard()
+            yield
+            for block in blocks:
+                block.reshard()
+                block.set_reshard_after_forward(block is not self.model, recurse=False)  # torch's own default
+        else:
+            yield
 
     @contextlib.contextmanager
     def row(self, last: bool):

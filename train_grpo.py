@@ -1,0 +1,1025 @@
+"""Group relative policy optimization (GRPO) of Qwen-VL on prompts with many videos.
+
+    A = (reward − mean of its group) / (standard deviation of its group + 1e-4)
+    loss = Σ [− min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β ρ KL] / completion tokens,     ρ = π(token) / π_old(token)
+
+summed over the completions of the whole accumulation window on all processes (--loss_type has three other divisors).
+G completions are sampled from each prompt, scored by reward functions, and learned in one row [prompt, c1 … cG]: the
+videos of a prompt are encoded once to sample and once per update, not G times. Left out on purpose: a second engine
+for sampling, asynchronous rollouts, padding, a Trainer class.
+
+One record (JSON or JSONL; README.md has the other formats): the answer is the reference that rewards compare with
+    {"id": "1", "video": ["a.mp4", "b.mp4"], "conversations": [
+        {"from": "human", "value": "<video>\\n<video>\\nWhich is brighter?"}, {"from": "gpt", "value": "The second."}]}
+
+Launch, on a CPU or one GPU:
+    accelerate launch --config_file accelerate_configs/cpu.yaml train_grpo.py \\
+        --model_id demo/half --data_path demo/sft_train.json --reward_funcs accuracy --output_dir out
+    accelerate launch --config_file accelerate_configs/one_gpu.yaml train_grpo.py \\
+        --model_id Qwen/Qwen2.5-VL-7B-Instruct --data_path data.json --image_folder videos/ --bf16 True \\
+        --reward_funcs format my_rewards.py:closeness --video_resized_width 64 --video_resized_height 64 --fps 0.25 \\
+        --output_dir out
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import re
+import resource
+import sys
+import time
+import traceback
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from datasets import Features, List, Value
+from tqdm import tqdm
+from transformers import DynamicCache
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import multivideo as mv
+
+
+@dataclass
+class GRPOArguments(mv.TrainingArguments):
+    """The shared flags and those of rollouts, rewards and the objective."""
+
+    per_device_train_batch_size: int = mv.arg(
+        1, "Prompts packed into one row, per process, each with its completions."
+    )
+    learning_rate: float = mv.arg(1e-6, "Peak learning rate.")
+    metric_for_best_model: str = mv.arg("eval_reward", "Metric of an evaluation that decides which one is best.")
+
+    # rollouts
+    num_generations: int = mv.arg(8, "Completions sampled from each prompt: the group that rewards are compared in.")
+    max_completion_length: int = mv.arg(256, "Most tokens of a completion.")
+    max_prompt_length: int | None = mv.arg(
+        None, "Longest prompt in tokens, visual tokens included (default: what completions leave of --max_seq_length)."
+    )
+    temperature: float = mv.arg(0.9, "Logits are divided by it, to sample and in the objective.")
+    top_k: int = mv.arg(50, "Sample among the K likeliest tokens only; 0: among all.")
+    top_p: float = mv.arg(1.0, "Sample among the likeliest tokens that together have this probability.")
+    min_p: float | None = mv.arg(None, "Sample among tokens at least this share as likely as the likeliest one.")
+    repetition_penalty: float = mv.arg(
+        1.0, "Above 1: tokens that the prompt or completion already has are less likely."
+    )
+    rollout_cache_gb: float = mv.arg(
+        8.0,
+        "Memory for completions in the making (keys, values, probabilities), per process: more prompts take turns.",
+    )
+
+    # rewards
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["accuracy", "format"],
+        metadata={"help": "Rewards: accuracy, format, numeric, choice, or your own as file.py:function."},
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each of --reward_funcs (default: 1 for each)."}
+    )
+
+    # objective
+    beta: float = mv.arg(0.04, "Weight of the KL divergence from the model at the start; 0: no such model is held.")
+    num_iterations: int = mv.arg(1, "Optimizer steps taken on each batch of completions.")
+    epsilon: float = mv.arg(0.2, "The probability ratio is clipped at 1 − epsilon.")
+    epsilon_high: float | None = mv.arg(
+        None, "The probability ratio is clipped at 1 + epsilon_high (default: epsilon)."
+    )
+    loss_type: str = mv.arg(
+        "dapo",
+        "What the sum over tokens is divided by: all tokens (dapo, bnpo), each completion's own and then the number of "
+        "completions (grpo), or completions × --max_completion_length (dr_grpo).",
+        choices=["grpo", "bnpo", "dr_grpo", "dapo"],
+    )
+    scale_rewards: str = mv.arg(
+        "group", "Advantages are divided by the standard deviation of the group, of all groups of a step, or not.",
+        choices=["group", "batch", "none"],
+    )  # fmt: skip
+    importance_sampling_level: str = mv.arg(
+        "token", "Ratios per token, or their geometric mean over the completion.", choices=["token", "sequence"]
+    )
+    mask_truncated_completions: bool = mv.arg(False, "Learn nothing from completions without an end.")
+
+    def check(self, given: set[str]) -> list[str]:
+        """What is wrong with these flags, as sentences; derived defaults are filled in."""
+        problems = []
+
+        def complain(condition, sentence):
+            if condition:
+                problems.append(sentence)
+
+        complain(self.num_generations < 2, f"--num_generations {self.num_generations}: rewards are compared within a "
+                 "group, the fewest is 2")  # fmt: skip
+        for flag in ("max_completion_length", "max_prompt_length", "temperature", "repetition_penalty",
+                     "rollout_cache_gb", "num_iterations", "epsilon", "epsilon_high"):  # fmt: skip
+            value = getattr(self, flag)
+            complain(value is not None and value <= 0, f"--{flag} {value}: must be above 0")
+        for flag in ("top_k", "beta"):
+            complain(getattr(self, flag) < 0, f"--{flag} {getattr(self, flag)}: must be 0 or more")
+        complain(not 0 < self.top_p <= 1, f"--top_p {self.top_p}: must be above 0, 1 at most")
+        complain(not 0 <= (self.min_p or 0) <= 1, f"--min_p {self.min_p}: must lie between 0 and 1")
+        complain(self.epsilon > 1, f"--epsilon {self.epsilon}: must be 1 at most")
+        room = self.max_seq_length - self.max_completion_length
+        complain(room <= 0, f"--max_completion_length {self.max_completion_length} leaves no room for a prompt in "
+                 f"--max_seq_length {self.max_seq_length}: raise the second")  # fmt: skip
+        complain(room > 0 and (self.max_prompt_length or 0) > room,
+                 f"--max_prompt_length {self.max_prompt_length} and --max_completion_length "
+                 f"{self.max_completion_length} are more than --max_seq_length {self.max_seq_length}: raise the last")  # fmt: skip
+        self.max_prompt_length = self.max_prompt_length or room
+        self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        try:
+            names = list(load_rewards(self.reward_funcs))
+        except mv.InputError as error:
+            problems.append(str(error))
+        else:
+            self.reward_weights = self.reward_weights or [1.0] * len(names)
+            complain(len(self.reward_weights) != len(names), f"--reward_weights has {len(self.reward_weights)} "
+                     f"numbers for {len(names)} --reward_funcs: give one each")  # fmt: skip
+        return problems
+
+
+# ---------------------------------------------------------------------------------------------------------- records
+
+RECORD = Features({
+    **mv.CONVERSATION,
+    "completions": List(mv.MESSAGES),  # always []: the encoder then ends the prompt where the assistant begins
+    "prompt": Value("string"),  # only where the record's own is a text, which reward functions then get as it is
+    "reference": Value("string"),
+    "columns": Value("string"),  # JSON: all other fields, for reward functions
+    "left_out": Value("int64"),  # turns after the first answer
+})  # fmt: skip
+READ = ("prompt", "completion", "conversations", "messages", "video", "videos", "image", "images")  # no columns
+REFERENCES = ("solution", "answer", "ground_truth", "reference")
+
+
+def normalize_record(record: dict, where: str) -> dict:
+    """A prompt, its reference answer and all other columns, in the schema RECORD.
+
+    The prompt is all before the first assistant turn of a conversation, and that turn the reference (the column
+    `assistant`); or it is `prompt`, a text or a list of turns, and the reference the first of REFERENCES.
+
+    Raises:
+        ValueError: names the record, the field, what was found, what was expected and the mend.
+    """
+    fields = record if isinstance(record, dict) else {}
+    columns = {key: value for key, value in fields.items() if key not in READ}
+    prompt, left_out = fields.get("prompt"), []
+    if prompt is not None:
+        if both := [key for key in ("conversations", "messages") if fields.get(key) is not None]:
+            raise ValueError(f"{where}: fields 'prompt' and {both[0]!r} are both there: keep one of them")
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        row = mv.normalize_conversation({**record, "messages": turns}, where)
+        if row["messages"][-1]["role"] != "user":
+            raise ValueError(f"{where}: 'prompt' must end with a user turn: put the answer into a column of its own, "
+                             f"such as {REFERENCES[0]!r}")  # fmt: skip
+        reference = next((columns[key] for key in REFERENCES if columns.get(key) is not None), None)
+        if reference is not None and not isinstance(reference, (str, int, float)):
+            raise ValueError(f"{where}: the reference answer must be a text or a number, got {reference!r:.80}")
+    else:
+        row, reference = mv.normalize_conversation(record, where), None
+        roles = [message["role"] for message in row["messages"]]
+        if "assistant" in roles:
+            i = roles.index("assistant")
+            reference = "".join(part["text"] or "" for part in row["messages"][i]["content"])
+            columns["assistant"] = {"role": "assistant", "content": reference}
+            row["messages"], left_out = row["messages"][:i], row["messages"][i + 1 :]
+        if any(part["type"] != "text" for message in left_out for part in message["content"]):
+            raise ValueError(f"{where}: a video or image in a turn after the first answer, which is not read: put it "
+                             "before, or write the turns as 'prompt'")  # fmt: skip
+    if reference is not None and not str(reference).strip():
+        raise ValueError(f"{where}: the reference answer is empty: write it or drop the record")
+    try:
+        columns = json.dumps(columns)
+    except TypeError as error:
+        raise ValueError(f"{where}: a column is neither text, number, list nor object ({error}): drop it") from None
+    return {
+        **row, "completions": [], "prompt": prompt if isinstance(prompt, str) else None,
+        "reference": None if reference is None else str(reference), "columns": columns, "left_out": len(left_out),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- rewards
+
+
+def final_answer(text: str) -> str:
+    """What stands between the last <answer> tags, else the text without its <think> part."""
+    if found := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
+        return found[-1].strip()
+    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+
+
+def texts_of(completions) -> list[str]:
+    """The texts of completions, which come as lists of messages, or as texts where the prompt is one."""
+    return [item if isinstance(item, str) else item[0]["content"] for item in completions]
+
+
+def accuracy_reward(completions, reference, **kwargs) -> list[float | None]:
+    """1 if the final answer is the reference's: equal but for case, spaces and outer punctuation, else by math_verify.
+
+    math_verify, where it is installed, decides on references without words only: numbers and formulas.
+    """
+
+    def plain(text):
+        return " ".join(final_answer(text).casefold().split()).strip(" .,;:!?'\"")
+
+    def same(text, expected):
+        if plain(text) == plain(expected):
+            return 1.0
+        formula = "\\" in expected or "$" in expected or not re.search(r"[^\W\d_]{2,}", final_answer(expected))
+        if not formula or importlib.util.find_spec("math_verify") is None:
+            return 0.0
+        import math_verify
+
+        gold, answer = math_verify.parse(final_answer(expected)), math_verify.parse(final_answer(text))
+        return float(math_verify.verify(gold, answer))
+
+    return [same(*pair) if pair[1] is not None else None for pair in zip(texts_of(completions), reference)]
+
+
+def format_reward(completions, **kwargs) -> list[float]:
+    """1 if the completion is exactly `<think>…</think> <answer>…</answer>`."""
+    tags = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
+    return [float(tags.fullmatch(text) is not None) for text in texts_of(completions)]
+
+
+NUMBER = re.compile(r"(?<![\w.])([-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+−]?\.\d+)(\s*%)?")
+
+
+def numeric_reward(completions, reference, **kwargs) -> list[float | None]:
+    """Closeness of the final answer's last number x to the reference's y: max(0, 1 − |x − y| / |y|); None without y.
+
+    65 % is 0.65; where only one of the two has the sign, the other may mean either, and the closer one counts.
+    """
+
+    def last_number(text):
+        found = NUMBER.findall(final_answer(text))
+        return (float(found[-1][0].replace(",", "").replace("−", "-")), bool(found[-1][1])) if found else None
+
+    def closeness(x, y):
+        return float(x == y) if y == 0 else max(0.0, 1 - abs(x - y) / abs(y))
+
+    def reward(text, expected):
+        if expected is None or (target := last_number(expected)) is None:
+            return None
+        if (given := last_number(text)) is None:
+            return 0.0
+        (x, x_percent), (y, y_percent) = given, target
+        readings = [1] if x_percent == y_percent else [1, 0.01 if x_percent else 100]
+        return max(closeness(x * factor, y) for factor in readings)
+
+    return [reward(*pair) for pair in zip(texts_of(completions), reference)]
+
+
+def choice_reward(completions, reference, **kwargs) -> list[float | None]:
+    """1 if the final answer names the reference's letter (`B`, `(B)`, `B. text`, `the answer is B`), else 0."""
+
+    def letter(text):
+        text = final_answer(text)
+        named = r".*\b(?:answer|option|choice)\W+(?:is\W+)?([A-Z])\b"
+        for pattern in (r"\W*([A-Za-z])\W*$", r"\W*([A-Z])\s*[).:]", named, r".*\(([A-Z])\)"):
+            if found := re.match(pattern, text, re.DOTALL):
+                return found[1].upper()
+        return None
+
+    def reward(text, expected):
+        target = None if expected is None else letter(expected)
+        return None if target is None else float(letter(text) == target)
+
+    return [reward(*pair) for pair in zip(texts_of(completions), reference)]
+
+
+BUILT_IN = {"accuracy": accuracy_reward, "format": format_reward, "numeric": numeric_reward, "choice": choice_reward}
+
+
+def load_rewards(names: list[str]) -> dict:
+    """The functions of --reward_funcs by their names: built-in ones, and `file.py:function`.
+
+    Raises:
+        InputError: an unknown name, a file that cannot be imported, or a function that cannot take all columns.
+    """
+    functions = {}
+    for name in names:
+        file, colon, function_name = name.rpartition(":")
+        if not colon:
+            if name not in BUILT_IN:
+                raise mv.InputError(
+                    f"--reward_funcs {name}: expected one of {', '.join(BUILT_IN)}, or file.py:function"
+                )
+            function_name, function = name, BUILT_IN[name]
+        else:
+            if not Path(file).is_file():
+                raise mv.InputError(f"--reward_funcs {name}: no such file: {file}")
+            if str(Path(file).resolve().parent) not in sys.path:
+                sys.path.append(str(Path(file).resolve().parent))  # for what it imports from beside it
+            spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+            if spec is None:
+                raise mv.InputError(f"--reward_funcs {name}: {file} is no Python file")
+            module = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(module)
+            except Exception as error:
+                raise mv.InputError(f"--reward_funcs {name}: {file} cannot be imported: {_told(error)}") from error
+            function = getattr(module, function_name, None)
+            if not callable(function) or inspect.iscoroutinefunction(function):
+                raise mv.InputError(f"--reward_funcs {name}: {file} has no plain function {function_name!r}")
+            kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                raise mv.InputError(f"--reward_funcs {name}: {function_name} must take **kwargs: it is given prompts, "
+                                    "completions, completion_ids and every column of the records")  # fmt: skip
+        if function_name in functions:
+            raise mv.InputError(f"--reward_funcs {name}: two functions of the name {function_name}: rename one")
+        functions[function_name] = function
+    return functions
+
+
+def _told(error):
+    """An exception in one line, with the place where it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def reward_inputs(groups: list[dict]) -> dict:
+    """What a reward function is given, one entry per completion: prompts, completions, completion_ids and columns."""
+    inputs = {"prompts": [], "completions": [], "completion_ids": []}
+    columns = [
+        {"reference": group["record"]["reference"], **json.loads(group["record"]["columns"])} for group in groups
+    ]
+    inputs |= {key: [] for column in columns for key in column}
+    for group, column in zip(groups, columns):
+        plain = group["record"]["prompt"]
+        turns = [{"role": turn["role"], "content": [
+            {"type": "text", "text": part["text"]} if part["type"] == "text" else
+            {"type": "image", "image": part["files"][0]} if part["type"] == "image" else
+            {"type": "video", "video": part["files"][0] if part["type"] == "video" else part["files"]}
+            for part in turn["content"]]} for turn in group["record"]["messages"]]  # fmt: skip
+        for text, ids in zip(group["texts"], group["ids"]):
+            inputs["prompts"].append(turns if plain is None else plain)
+            inputs["completions"].append([{"role": "assistant", "content": text}] if plain is None else text)
+            inputs["completion_ids"].append(ids)
+            for key in inputs.keys() - {"prompts", "completions", "completion_ids"}:
+                inputs[key].append(column.get(key))
+    return inputs
+
+
+def score(functions: dict, groups: list[dict]) -> torch.Tensor:
+    """Rewards of every completion by every function: float64 [P, G, F] for P groups, NaN where it is not applicable.
+
+    Raises:
+        InputError: names the function and the record if it raised, or did not give one finite number or None for each.
+    """
+    shape = (len(groups), len(groups[0]["ids"]) if groups else 0)
+    rewards = torch.full((*shape, len(functions)), math.nan, dtype=torch.float64)
+    for f, (name, function) in enumerate(functions.items() if groups else ()):
+        try:
+            values = function(**reward_inputs(groups))
+        except Exception as error:
+            culprit, told = " or ".join(group["record"]["id"] for group in groups), _told(error)
+            for group in groups:  # which one? the first that fails alone
+                try:
+                    function(**reward_inputs([group]))
+                except Exception as again:
+                    culprit, told = group["record"]["id"], _told(again)
+                    break
+            raise mv.InputError(f"reward function {name} failed on record {culprit}: {told}") from error
+        values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
+        ids = ", ".join(group["record"]["id"] for group in groups)
+        if not isinstance(values, (list, tuple)) or len(values) != rewards[..., f].numel():
+            got = f"{len(values)} rewards" if isinstance(values, (list, tuple)) else repr(values)[:80]
+            raise mv.InputError(f"reward function {name} gave {got} for {rewards[..., f].numel()} completions of "
+                                f"record {ids}: expected a list with one number or None for each")  # fmt: skip
+        for i, value in enumerate(values):
+            group, g = groups[i // shape[1]], i % shape[1]
+            if value is not None and not (isinstance(value, (int, float, np.number, torch.Tensor))
+                                          and math.isfinite(value)):  # fmt: skip
+                raise mv.InputError(
+                    f"reward function {name} gave {value!r} for record {group['record']['id']}, its "
+                    f"completion {group['texts'][g]!r:.200}: expected a finite number or None"
+                )
+            rewards[i // shape[1], g, f] = math.nan if value is None else float(value)
+    return rewards
+
+
+# --------------------------------------------------------------------------------------------------------- rollouts
+
+
+def sample_tokens(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Tokens by inverse transform sampling: scores [R, V] (fp32 logits), draws [R] (uniform in [0, 1), fp64) → [R]."""
+    cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+@torch.no_grad()
+def generate(engine, prompts: list[dict], encoder, args, draws: list[np.ndarray] | None = None, caught=()):
+    """Complete encoded prompts: `(ids, logps)`, for each prompt a list of G lists up to and with the end token.
+
+    Greedy with G = 1, or sampled with `draws`, uniform numbers [G, max_completion_length] for each prompt: what is
+    sampled depends on nothing else, such as which prompts are decoded together or on which process. `logps` are those
+    of the sampled tokens at --temperature under the model alone, as the objective has them, before top_k and the like.
+    All prompts are decoded together, as many at once as --rollout_cache_gb holds; it breaks off, and the completions
+    with it, once a signal is in `caught`. Call it under `engine.gathered()`: the processes need not be in step.
+    """
+    model, G = engine.raw_model, 1 if draws is None else len(draws[0])
+    config = engine.raw_model.config.get_text_config()
+    token_bytes = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * (
+        config.hidden_size // config.num_attention_heads)  # fmt: skip
+    completion_bytes = args.max_completion_length * token_bytes + 32 * config.vocab_size
+    results, chunks = [None] * len(prompts), []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]["input_ids"])):  # like lengths go together
+        room = chunks and len(prompts[chunks[-1][0]]["input_ids"]) * token_bytes + G * completion_bytes
+        if not chunks or (len(chunks[-1]) + 1) * room > args.rollout_cache_gb * 2**30:
+            chunks.append([])
+        chunks[-1].append(i)
+    was_training = model.training
+    model.eval()  # no dropout
+    with engine.autocast():  # one context: weights are cast once
+        for chunk in chunks:
+            noise = None if draws is None else torch.from_numpy(np.stack([draws[i] for i in chunk]))  # [P, G, L]
+            out = _decode(model, [prompts[i] for i in chunk], encoder, args, noise, engine.accelerator.device, caught)
+            for i, result in zip(chunk, out):
+                results[i] = result
+    model.train(was_training)
+    return [ids for ids, _ in results], [logps for _, logps in results]
+
+
+def _decode(model, prompts, encoder, args, draws, device, caught):
+    """One chunk of generate: P prompts with G completions each, in step until all have ended."""
+    P, G = len(prompts), 1 if draws is None else draws.shape[1]
+    lengths = torch.tensor([len(prompt["input_ids"]) for prompt in prompts])
+    longest, logits, columns = int(lengths.max()), [], []
+    for start in range(0, P, args.per_device_train_batch_size):  # prefill in rows, as in training
+        samples = prompts[start : start + args.per_device_train_batch_size]
+        inputs, _, _ = mv.pack(samples, encoder, device)
+        parts = lengths[start : start + len(samples)]
+        ends = parts.cumsum(0)
+        output = model(**inputs | {"use_cache": True, "logits_to_keep": (ends - 1).to(device)})
+        logits.append(output.logits[0])  # [rows, V]
+        for begin, end, length in zip((ends - parts).tolist(), ends.tolist(), parts.tolist()):
+            columns.append([[torch.nn.functional.pad(x[:, :, begin:end], (0, 0, longest - length, 0))
+                             for x in (layer.keys, layer.values)]
+                            for layer in output.past_key_values.layers])  # fmt: skip
+    # The G completions of a prompt are decoded as G queries of one row, which hold the prompt's keys and values once:
+    # [P, heads, longest + t·G, D], prompts padded on the left, and behind them the G tokens of each step.
+    cache = DynamicCache(config=model.config.get_text_config())
+    for i in range(len(columns[0])):
+        cache.update(*(torch.cat([column[i][k] for column in columns]) for k in (0, 1)), i)
+    del columns, output
+    logits = torch.cat(logits)[:, None].expand(-1, G, -1)  # [P, G, V]
+    sees = (torch.arange(longest) >= longest - lengths[:, None])[:, None, None].expand(-1, 1, G, -1).to(device)
+    own = torch.eye(G, dtype=torch.bool, device=device)
+    position = torch.tensor([int(prompt["position_ids"][1:].max()) + 1 for prompt in prompts], device=device)
+    seen = torch.stack([torch.nn.functional.pad(ids, (longest - len(ids), 0), value=int(ids[-1])) for ids in
+                        (torch.from_numpy(prompt["input_ids"]) for prompt in prompts)]).to(device)  # fmt: skip
+    seen = seen[:, None].expand(-1, G, -1)  # [P, G, longest + t]: for the repetition penalty
+    draws = None if draws is None else draws.to(device)
+
+    silent = [*encoder.vision_ids, *range(len(encoder.tokenizer), logits.shape[-1])]
+    processors = LogitsProcessorList([SuppressTokensLogitsProcessor(silent, device=device)])
+    if args.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(args.repetition_penalty))
+    if draws is not None:
+        processors.append(TemperatureLogitsWarper(args.temperature))
+        processors += [TopKLogitsWarper(args.top_k)] if args.top_k else []
+        processors += [TopPLogitsWarper(args.top_p)] if args.top_p < 1 else []
+        processors += [MinPLogitsWarper(args.min_p)] if args.min_p else []
+    stops = torch.tensor(end_tokens(model, encoder), device=device)
+
+    tokens = torch.full((P, G, args.max_completion_length), -1, device=device)
+    logps = torch.zeros(P, G, args.max_completion_length, device=device)
+    rows, ended = torch.arange(P, device=device), torch.zeros(P, G, dtype=torch.bool, device=device)
+    for t in range(args.max_completion_length):
+        raw = logits.flatten(0, 1).float()  # [rows·G, V]
+        scores = processors(seen.flatten(0, 1), raw)
+        token = scores.argmax(-1) if draws is None else sample_tokens(scores, draws[rows, :, t].flatten())
+        logp = (raw / args.temperature).log_softmax(-1).gather(1, token[:, None])
+        token, running = token.view(-1, G), ~ended[rows]
+        tokens[rows, :, t] = torch.where(running, token, -1)
+        logps[rows, :, t] = logp.view(-1, G)
+        ended[rows] |= torch.isin(token, stops)
+        going = ~ended[rows].all(1)
+        if t + 1 == args.max_completion_length or not going.any() or caught:
+            break
+        seen = torch.cat([seen, token[..., None]], -1)
+        sees = torch.cat([sees, own.expand(len(rows), 1, G, G)], -1)
+        if not going.all():  # prompts whose completions have all ended leave
+            rows, token, seen, sees = rows[going], token[going], seen[going], sees[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        logits = model(
+            input_ids=token, position_ids=(position[rows] + t).expand(3, G, -1).transpose(1, 2), attention_mask=sees,
+            past_key_values=cache, use_cache=True,
+        ).logits  # fmt: skip
+    counts = (tokens >= 0).sum(-1).tolist()
+    tokens, logps = tokens.tolist(), logps.tolist()
+    return [([tokens[p][g][:n] for g, n in enumerate(counts[p])], [logps[p][g][:n] for g, n in enumerate(counts[p])])
+            for p in range(P)]  # fmt: skip
+
+
+def end_tokens(model, encoder) -> list[int]:
+    """Tokens that end a completion: the end of a turn and what the model's own generation config names."""
+    named = model.generation_config.eos_token_id
+    return sorted({encoder.end_of_turn, *(named if isinstance(named, list) else [named])} - {None})
+
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+def group_advantages(rewards: torch.Tensor, scale: str, batch_std: float = math.nan) -> torch.Tensor:
+    """How much better than its group each completion is: rewards [P, G] (NaN: no reward applies) → [P, G].
+
+    Divided by the standard deviation (+ 1e-4) of its group or of the whole step (`batch_std`), or not at all. 0 where
+    no reward applies. Source: eq. 3 of DeepSeekMath (arXiv 2402.03300), as TRL computes it; "none" is Dr. GRPO's.
+    """
+    advantages = rewards - rewards.nanmean(1, keepdim=True)
+    if scale != "none":
+        std = group_std(rewards)[:, None] if scale == "group" else batch_std
+        advantages = advantages / (std + 1e-4)
+    return advantages.nan_to_num(0.0)
+
+
+def group_std(rewards: torch.Tensor) -> torch.Tensor:
+    """Standard deviation (n − 1) of each group, without its NaNs: [P, G] → [P]; NaN for fewer than two values."""
+    count = (~rewards.isnan()).sum(1)
+    squares = (rewards - rewards.nanmean(1, keepdim=True)).square().nansum(1)
+    return (squares / (count - 1)).where(count > 1, math.nan).sqrt()
+
+
+def token_weights(lengths: torch.Tensor, learned: torch.Tensor, totals: dict, args) -> torch.Tensor:
+    """What a token of each completion weighs in the loss: lengths [C] in tokens, learned [C] (is it not masked) → [C].
+
+    `totals` are those of the whole window on all processes: `completions`, and `supervised_tokens`, of the learned.
+    Sources: DeepSeekMath (grpo), DAPO (arXiv 2503.14476), Dr. GRPO (arXiv 2503.20783); bnpo is TRL's per batch, which
+    here is the window, so it equals dapo.
+    """
+    if args.loss_type == "grpo":
+        return learned / (lengths * max(totals["completions"], 1))
+    if args.loss_type == "dr_grpo":
+        return learned / (max(totals["completions"], 1) * args.max_completion_length)
+    return learned / max(totals["supervised_tokens"], 1)
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, sequences, weights, args):
+    """The clipped objective: `(loss, KL [S] or None, clipped [S])`, the loss summed with the weights of its tokens.
+
+    logps, old_logps, ref_logps [S] of the completions' tokens (ref_logps None: no KL); sequences [S], which completion
+    a token is of; advantages, weights [C] of the completions. Source: eq. 4 of DeepSeekMath and its KL estimate,
+    weighted by the ratio as in TRL (unbiased: arXiv 2512.02556); sequence level: GSPO (arXiv 2507.18071).
+    """
+    log_ratio = logps - old_logps
+    if args.importance_sampling_level == "sequence":
+        sums = torch.zeros_like(weights).index_add(0, sequences, log_ratio)
+        log_ratio = (sums / sequences.bincount(minlength=len(weights)).clamp(min=1))[sequences]
+    ratio, advantage = log_ratio.exp(), advantages[sequences]
+    low, high = 1 - args.epsilon, 1 + args.epsilon_high
+    losses = -torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
+    clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+    kl = None
+    if ref_logps is not None:
+        difference = ref_logps - logps
+        kl = (difference.exp() - difference - 1) * ratio
+        losses = losses + args.beta * kl
+    return (losses * weights[sequences]).sum(), kl, clipped
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def make_groups(engine, samples, rows, encoder, functions, args, draws, caught) -> list[dict]:
+    """Complete and score encoded prompts and their records: one group each, none once a signal is caught.
+
+    A group has `record`, `sample`, `ids` and `logps` (lists of G lists), `texts`, `rewards` (float64 [G, F]).
+    """
+    ids, logps = generate(engine, samples, encoder, args, draws, caught)
+    if caught:
+        return []
+    groups = [{"record": row, "sample": sample, "ids": group_ids, "logps": group_logps,
+               "texts": [encoder.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in group_ids]}
+              for row, sample, group_ids, group_logps in zip(rows, samples, ids, logps)]  # fmt: skip
+    for group, rewards in zip(groups, score(functions, groups)):
+        group["rewards"] = rewards
+    return groups
+
+
+def total_reward(rewards: torch.Tensor, weights: list[float]) -> torch.Tensor:
+    """The weighted sum over functions, [..., F] → [...]; NaN where none of them is applicable."""
+    total = (rewards * torch.tensor(weights, dtype=torch.float64)).nansum(-1)
+    return total.where(~rewards.isnan().all(-1), math.nan)
+
+
+def group_sums(groups: list[dict], stops: list[int], args) -> torch.Tensor:
+    """What the statistics of groups are made of, float64 [9 + 2·F], to be summed over processes (see statistics)."""
+    totals = [total_reward(group["rewards"], args.reward_weights) for group in groups]
+    stds = torch.cat([group_std(total[None]) for total in totals]) if groups else torch.zeros(0, dtype=torch.float64)
+    scored = torch.cat([total[~total.isnan()] for total in totals]) if groups else torch.zeros(0, dtype=torch.float64)
+    ids = [tokens for group in groups for tokens in group["ids"]]
+    cut = sum(tokens[-1] not in stops for tokens in ids)
+    zero = (stds.nan_to_num(0.0) < 1e-8).sum().item()
+    own = [len(groups), stds.nansum().item(), zero, len(ids), sum(map(len, ids)), cut, len(scored),
+           scored.sum().item(), scored.square().sum().item()]  # fmt: skip
+    each = torch.cat([group["rewards"] for group in groups]) if groups else torch.zeros(0, len(args.reward_weights))
+    sums, counts = each.nansum(0).tolist(), (~each.isnan()).sum(0).tolist()
+    return torch.tensor([*own, *sums, *counts], dtype=torch.float64)
+
+
+def statistics(sums: torch.Tensor, names: list[str]) -> tuple[dict, float]:
+    """The rollout's metrics from group_sums of all processes, and the standard deviation of all rewards."""
+    groups, stds, zero, completions, tokens, cut, scored, total, squares, *each = sums.tolist()
+    told = {
+        "reward": total / scored if scored else math.nan,
+        "reward_std": stds / max(groups, 1),
+        "frac_reward_zero_std": zero / max(groups, 1),
+        "completions/mean_length": tokens / max(completions, 1),
+        "completions/clipped_ratio": cut / max(completions, 1),
+        "completions/unscored": int(completions - scored),
+    }
+    for name, value, count in zip(names, each[: len(names)], each[len(names) :]):
+        told[f"rewards/{name}"] = value / count if count else math.nan
+    variance = (squares - total**2 / max(scored, 1)) / (scored - 1) if scored > 1 else math.nan
+    return told, math.sqrt(max(variance, 0.0)) if variance == variance else math.nan
+
+
+def pack_groups(groups: list[dict], encoder, stops: list[int], args, device) -> dict:
+    """The groups of a row as [prompt, c1 … cG] each, and what its loss needs of every completion ([C]).
+
+    Without --beta, groups whose advantages are all 0 stay out: they have no gradient. What is left may be nothing.
+    """
+    groups = [group for group in groups if args.beta or group["advantages"].any()]
+    samples = [mv.add_suffixes(group["sample"], [(ids, ids) for ids in group["ids"]]) for group in groups]
+    inputs, targets, sequences = mv.pack(samples, encoder, device)
+    ids = [tokens for group in groups for tokens in group["ids"]]
+    advantages = torch.cat([torch.zeros(0), *(group["advantages"].float() for group in groups)])
+    return {
+        "inputs": inputs, "targets": targets, "sequences": sequences, "advantages": advantages.to(device),
+        "lengths": torch.tensor([len(tokens) for tokens in ids], device=device),
+        "learned": torch.tensor([is_learned(tokens, stops, args) for tokens in ids], dtype=torch.bool, device=device),
+        "rollout_logps": torch.tensor([x for group in groups for own in group["logps"] for x in own], device=device),
+        "ref_logps": None, "update_tokens": sum(int(sample["lengths"].sum()) for sample in samples),
+    }  # fmt: skip
+
+
+def is_learned(tokens: list[int], stops: list[int], args) -> bool:
+    """Whether a completion counts in the loss."""
+    return not args.mask_truncated_completions or tokens[-1] in stops
+
+
+def reference_logps(reference, inputs: dict, targets: torch.Tensor, args) -> torch.Tensor:
+    """Log-probabilities [S] of a packed row under the model at the start: the one beside the adapters, or its own."""
+    start = reference.raw_model.disable_adapter() if args.lora_enable else contextlib.nullcontext()
+    with torch.no_grad(), start, reference.autocast():
+        return mv.token_logps(reference.model(**inputs).logits, targets, args.temperature)
+
+
+def check_references(flag: str, records, names: list[str]):
+    """Make sure that built-in rewards have references to compare with.
+
+    Raises:
+        InputError: names the first record without one.
+    """
+    needing = [name for name in names if name in BUILT_IN and name != "format"]
+    missing = records.data.column("reference").null_count if records is not None else 0
+    if needing and missing:
+        first = next(row["id"] for row in records if row["reference"] is None)
+        raise mv.InputError(f"{flag}: {missing} records have no reference answer, first {first}, but --reward_funcs "
+                            f"{needing[0]} needs one: add an assistant ('gpt') turn, or beside 'prompt' one of the "
+                            f"columns {', '.join(REFERENCES)}")  # fmt: skip
+
+
+def describe_rewards(args, functions: dict, samples_per_step: int, records):
+    """Print what follows mv.describe_run: completions per step, and what they are rewarded for."""
+    rewards = ", ".join(f"{weight:g} × {name}" for name, weight in zip(functions, args.reward_weights))
+    if "accuracy" in args.reward_funcs:
+        rewards += f" (math_verify: {'yes' if importlib.util.find_spec('math_verify') else 'not installed'})"
+    each = (
+        f"{args.num_generations} of at most {args.max_completion_length} tokens for each of {samples_per_step} prompts"
+    )
+    iterations = f", {args.num_iterations} steps on them" if args.num_iterations > 1 else ""
+    mv.say(f"  rollouts   {each} per batch{iterations}\n  rewards    {rewards}")
+    if left_out := sum(records["left_out"]):
+        mv.say(f"  note       {left_out} turns after the first answers of the records are not read")
+
+
+def shown_group(group: dict, names: list[str], args, step: int) -> dict:
+    """A line of completions.jsonl: the prompt with its videos as tags, the reference, and every completion."""
+    prompt = "".join(part["text"] if part["type"] == "text" else f"<{'image' if part['type'] == 'image' else 'video'}>"
+                     for turn in group["record"]["messages"] for part in turn["content"])  # fmt: skip
+    prompt = re.sub(r"(<(?:video|image)>)\1{2,}", lambda run: f"{run[1]}×{len(run[0]) // len(run[1])} ", prompt)
+    totals = total_reward(group["rewards"], args.reward_weights).tolist()
+    completions = []
+    for g, text in enumerate(group["texts"]):
+        rewards = {name: _number(value) for name, value in zip(names, group["rewards"][g].tolist())}
+        numbers = {"reward": _number(totals[g]), **rewards, "advantage": _number(group["advantages"][g].item())}
+        completions.append({"text": text, **numbers, "tokens": len(group["ids"][g])})
+    told = {"step": step, "id": group["record"]["id"], "prompt": prompt, "reference": group["record"]["reference"]}
+    return told | {"completions": completions}
+
+
+def _number(value):
+    return round(value, 6) if math.isfinite(value) else None
+
+
+@torch.no_grad()
+def evaluate(engine, stream, records, encoder, functions, args, caught) -> dict | None:
+    """Greedy answers to all of `records`: the means of `eval_reward`, `eval_accuracy` (of references), and every reward.
+
+    None if a process was asked to stop meanwhile.
+    """
+    model, accelerator = engine.model, engine.accelerator
+    model.eval()
+    own = mv.micro_batches(list(range(len(records))), args.per_device_eval_batch_size,
+                           accelerator.process_index, accelerator.num_processes)  # fmt: skip
+    stops = end_tokens(engine.raw_model, encoder)
+    sums, right = torch.zeros(9 + 2 * len(functions), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    bar = tqdm(total=len(own), desc="eval", leave=False, disable=not accelerator.is_main_process)
+    with engine.gathered():
+        for indices, samples in zip(own, stream.batches(records, own, args.eval_image_folder)):
+            if mv.stop_asked(accelerator, caught):
+                return None
+            kept = [(sample, records[i]) for sample, i in zip(samples, indices) if "input_ids" in sample]
+            groups = make_groups(engine, [sample for sample, _ in kept], [row for _, row in kept], encoder, functions,
+                                 args, None, caught)  # fmt: skip
+            sums += group_sums(groups, stops, args)
+            for group in groups:
+                (value,) = accuracy_reward(group["texts"], [group["record"]["reference"]])
+                right += torch.tensor([value or 0.0, value is not None], dtype=torch.float64)
+            bar.update()
+    bar.close()
+    model.train()
+    sums = accelerator.reduce(torch.cat([sums, right]).to(accelerator.device)).cpu()
+    if mv.stop_asked(accelerator, caught):  # the last answers were broken off
+        return None
+    told, _ = statistics(sums[:-2], list(functions))
+    if math.isnan(told["reward"]):
+        mv.stop_all(
+            accelerator, f"--eval_path {args.eval_path}: no reward function is applicable to any of its records"
+        )
+    told = {key: value for key, value in told.items() if key not in ("reward_std", "frac_reward_zero_std")}
+    if sums[-1]:
+        told["accuracy"] = (sums[-2] / sums[-1]).item()
+    told = {f"eval_{key}": value for key, value in told.items() if math.isfinite(value)}
+    return told | {"eval_samples": int(sums[0])}
+
+
+def main():
+    args = mv.parse_arguments(GRPOArguments)
+    trackers = [name for name in args.report_to if name != "none"]
+    accelerator = mv.make_accelerator(args)
+    set_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics_path = output_dir / "metrics.jsonl"
+
+    # ---- data: everything that can be wrong with it is said before any weight is loaded
+    here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
+    args.image_folder = args.image_folder or str(here)
+    args.eval_image_folder = args.eval_image_folder or args.image_folder
+    with accelerator.main_process_first():
+        records = mv.load_records(args.data_path, normalize_record, RECORD)
+        eval_records = mv.load_records(args.eval_path, normalize_record, RECORD) if args.eval_path else None
+    functions = load_rewards(args.reward_funcs)
+    for name, table in (("--data_path", records), ("--eval_path", eval_records)):
+        check_references(name, table, args.reward_funcs)
+    encoder = mv.Encoder(args.model_id, args)
+    stream = mv.SampleStream(encoder, args)
+    batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
+    samples_per_step = batch_size * args.gradient_accumulation_steps * world_size
+    total_steps = mv.count_steps(len(records), samples_per_step, args)
+    if args.max_steps < 0:
+        total_steps *= args.num_iterations
+
+    # ---- model and optimizer
+    resumed = mv.find_checkpoint(args)
+    engine = mv.Engine(accelerator, mv.load_model(args, accelerator.device, resumed), args)
+    model, raw_model = engine.model, engine.raw_model
+    reference = None  # the model at the start: of adapters it is what they stand beside
+    if args.beta:
+        reference = engine if args.lora_enable else mv.Engine(
+            accelerator, mv.load_model(args, accelerator.device), args, frozen=True)  # fmt: skip
+
+    # ---- resume: `state` is everything that is not a tensor
+    state = {
+        "step": 0, "samples_seen": 0, "bad_steps": 0, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
+        "eval_due": False, "save_due": False, "run": mv.run_identity(args, encoder, records, samples_per_step),
+    }  # fmt: skip
+    state["run"] |= {"generations": args.num_generations, "iterations": args.num_iterations}
+    if resumed:
+        state = mv.restore_checkpoint(resumed, engine, state)
+    if is_main:
+        for name in ("metrics.jsonl", "bad_steps.jsonl", "completions.jsonl"):
+            mv.cut_jsonl(output_dir / name, state["step"])
+        mv.write_json(output_dir / "arguments.json", asdict(args))
+    if trackers:
+        config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
+        names = {"wandb": {"name": args.run_name}} if args.run_name else {}
+        accelerator.init_trackers(output_dir.name, config, names)
+    if is_main:
+        mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
+        describe_rewards(args, functions, samples_per_step, records)
+
+    # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
+    windows = mv.step_windows(len(records), samples_per_step, args.seed, state["samples_seen"])
+    windows = itertools.islice(windows, max(0, math.ceil((total_steps - state["step"]) / args.num_iterations)))
+    rank = accelerator.process_index
+    steps = stream.steps(records, windows, batch_size, rank, world_size, args.image_folder)
+    bar = tqdm(total=total_steps, initial=state["step"], desc="train", disable=not is_main)
+    model.train()
+    stops = end_tokens(raw_model, encoder)
+    caught, saved_step = mv.catch_signals(), None
+    while True:
+        epoch = state["samples_seen"] / len(records)
+        if state["eval_due"]:
+            result = evaluate(engine, stream, eval_records, encoder, functions, args, caught)
+            if stop := result is None:
+                break
+            improved = mv.judge(state, result, args)
+            state["eval_due"] = False
+            state["save_due"] = state["save_due"] or (improved and args.load_best_model_at_end)
+            if improved and state["save_due"]:
+                state["best_checkpoint"] = f"checkpoint-{state['step']}"
+            if is_main:
+                mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
+                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
+            if trackers:
+                accelerator.log(result, state["step"])
+        if state["save_due"]:
+            state["save_due"], saved_step = False, state["step"]
+            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+            if is_main:
+                mv.prune_checkpoints(args.output_dir, args.save_total_limit, state["best_checkpoint"])
+        early = 0 < args.early_stopping_patience <= state["evals_without_gain"]
+        if early or state["step"] >= total_steps:
+            break
+
+        # ---- data, rollouts, and the exchange that keeps the processes together
+        started = time.perf_counter()
+        if (iteration := state["step"] % args.num_iterations) == 0:
+            window, samples_seen, rows = next(steps)
+            data_wait = time.perf_counter() - started
+            indices = mv.micro_batches(window, batch_size, rank, world_size)
+            encoded = [(sample, i) for samples, own in zip(rows, indices) for sample, i in zip(samples, own)]
+            kept = [(sample, i) for sample, i in encoded if "input_ids" in sample]
+            shape = (args.num_generations, args.max_completion_length)
+            draws = [np.random.default_rng([args.seed, state["step"], i]).random(shape) for _, i in kept]
+            with engine.gathered():
+                groups = make_groups(engine, [sample for sample, _ in kept], [records[i] for _, i in kept], encoder,
+                                     functions, args, draws, caught)  # fmt: skip
+            rollout_seconds = time.perf_counter() - started - data_wait
+            told, std = statistics(accelerator.reduce(group_sums(groups, stops, args).to(accelerator.device)).cpu(),
+                                   list(functions))  # fmt: skip
+            by_sample = {}
+            for group in groups:
+                total = total_reward(group["rewards"], args.reward_weights)
+                group["advantages"] = group_advantages(total[None], args.scale_rewards, std)[0]
+                by_sample[id(group["sample"])] = group
+            packed = [pack_groups([by_sample[id(sample)] for sample in samples if id(sample) in by_sample],
+                                  encoder, stops, args, accelerator.device) for samples in rows]  # fmt: skip
+            completions = [ids for group in groups for ids in group["ids"]]
+            local_counts = {
+                "samples": len(groups),
+                "skipped_samples": len(encoded) - len(kept),
+                "shrunk_samples": sum(sample["shrunk"] for sample, _ in kept),
+                "videos": sum(sample["num_videos"] for sample, _ in kept),
+                "images": sum(sample["num_images"] for sample, _ in kept),
+                "tokens": sum(sample["num_tokens"] for sample, _ in kept) + sum(map(len, completions)),
+                "supervised_tokens": sum(len(ids) for ids in completions if is_learned(ids, stops, args)),
+                "completions": len(completions),
+                "completion_tokens": sum(map(len, completions)),
+                "update_tokens": sum(batch["update_tokens"] for batch in packed),
+            }
+        else:
+            data_wait = rollout_seconds = 0.0
+        counts, stop = mv.exchange(accelerator, state, window, local_counts, caught)
+        if stop and iteration == 0:  # rollouts are not saved: what began with them is brought to its end
+            break
+
+        # ---- forward, backward, step
+        factor = mv.lr_factor(state["step"], total_steps, args)
+        engine.set_learning_rate(factor)
+        step_loss = torch.zeros((), device=accelerator.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # KL, clipped, |Δ log p|, tokens
+        for k, batch in enumerate(packed):
+            last = k == len(packed) - 1
+            inputs, targets, sequences = batch["inputs"], batch["targets"], batch["sequences"]
+            if reference and iteration == 0:
+                batch["ref_logps"] = reference_logps(reference, inputs, targets, args)
+            with engine.row(last):
+                with engine.autocast():
+                    logits = model(**inputs).logits
+                    logps = mv.token_logps(logits, targets, args.temperature)
+                    if iteration == 0:
+                        batch["old_logps"] = logps.detach()
+                    weights = token_weights(batch["lengths"], batch["learned"], counts, args)
+                    loss, kl, clipped = grpo_loss(logps, batch["old_logps"], batch["ref_logps"], batch["advantages"],
+                                                  sequences, weights, args)  # fmt: skip
+                    # Gradients are averaged over processes: times world_size makes it the sum over the window.
+                    loss = (loss if len(targets) else logits.sum() * 0.0) * world_size
+                step_loss += loss.detach() / world_size
+                gap = (batch["old_logps"] - batch["rollout_logps"]).abs()
+                told_of = torch.stack([gap * 0 if kl is None else kl.detach(), clipped, gap, torch.ones_like(gap)])
+                sums += told_of.double() @ batch["learned"][sequences].double()
+                if last:
+                    step_loss = accelerator.reduce(step_loss)
+                    loss_finite = bool(torch.isfinite(step_loss))
+                    loss = loss if loss_finite else loss * math.nan  # then no process updates anything
+                engine.backward(loss)
+        grad_norm, overflow = engine.step()
+        kl_sum, clipped_sum, gap_sum, learned = accelerator.reduce(sums).tolist()
+        bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
+        state["step"], state["samples_seen"] = state["step"] + 1, samples_seen
+        state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
+
+        # ---- log
+        seconds = time.perf_counter() - started
+        update_seconds = seconds - data_wait - rollout_seconds
+        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
+        row = {
+            "step": state["step"],
+            "epoch": round(samples_seen / len(records), 6),
+            "loss": float(step_loss),
+            "learning_rate": args.learning_rate * factor,
+            "grad_norm": grad_norm,
+            **told,
+            "kl": kl_sum / max(counts["supervised_tokens"], 1),
+            "clip_ratio": clipped_sum / max(counts["supervised_tokens"], 1),
+            "sampling_logp_difference": gap_sum / max(learned, 1),
+            **counts,
+            "records_crc32": zlib.crc32(json.dumps(window).encode()),
+            "step_seconds": round(seconds, 4),
+            "data_wait_seconds": round(data_wait, 4),
+            "rollout_seconds": round(rollout_seconds, 4),
+            "rollout_tokens_per_second": round(counts["completion_tokens"] / rollout_seconds, 1)
+            if rollout_seconds
+            else None,
+            "update_tokens_per_second": round(counts["update_tokens"] / update_seconds, 1),
+            "max_memory_gb": round(memory, 3),
+        }
+        if bad or overflow:
+            row["not_finite"] = "loss" if not loss_finite else "gradient"
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        if is_main:
+            mv.append_jsonl(metrics_path, row)
+            if groups and iteration == 0 and (state["step"] // args.num_iterations) % args.logging_steps == 0:
+                shown = shown_group(groups[0], list(functions), args, state["step"])
+                mv.append_jsonl(output_dir / "completions.jsonl", shown)
+            if bad:
+                mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
+        if trackers and state["step"] % args.logging_steps == 0:
+            accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
+        bar.set_postfix_str(
+            f"reward {told['reward']:.3f}, {counts['samples'] / seconds:.1f} samples/s, "
+            f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}, "
+            f"rollout {rollout_seconds / seconds:.0%}"
+        )
+        bar.update()
+        if state["bad_steps"] >= args.max_bad_steps:
+            mv.stop_all(accelerator, f"{args.max_bad_steps} steps in a row had a loss or gradient that is not finite; "
+                        f"the newest checkpoint has the last good weights. Their records and files are in "
+                        f"{output_dir / 'bad_steps.jsonl'}")  # fmt: skip
+
+        # ---- what is due now
+        ends_epoch, ends = samples_seen % len(records) == 0, state["step"] >= total_steps
+        if state["step"] % args.num_iterations and not ends:
+            continue  # rollouts are not saved: evaluation and checkpoints wait for the last iteration on them
+        passed = args.num_iterations  # steps since the last look: was one of them a round number?
+        due = {
+            "no": False,
+            "steps": state["step"] % (args.eval_steps or args.logging_steps) < passed,
+            "epoch": ends_epoch,
+        }
+        state["eval_due"] = args.eval_strategy != "no" and (due[args.eval_strategy] or ends)
+        due = {"no": False, "steps": state["step"] % args.save_steps < passed, "epoch": ends_epoch}
+        state["save_due"] = due[args.save_strategy]
+
+    # ---- the end: asked to stop, or done
+    bar.close()
+    steps.close()
+    stream.close()
+    if stop:
+        if state["step"] != saved_step:
+            mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+        mv.say(f"stopped by a signal after step {state['step']}: go on with --resume_from_checkpoint auto")
+        accelerator.end_training()
+        raise SystemExit(143)
+    if early:
+        mv.say(f"stopped early: {state['evals_without_gain']} evaluations without improvement")
+    best = state["best_checkpoint"] if args.load_best_model_at_end else None
+    mv.publish_model(args.output_dir, engine, encoder.processor, best)
+    mv.say(f"saved {best or 'the last step'} to {output_dir}; every step is in {metrics_path}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    mv.run(main)
