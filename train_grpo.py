@@ -34,6 +34,7 @@ import time
 import traceback
 import zlib
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -596,45 +597,48 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, sequences, weights, args)
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def make_groups(engine, samples, rows, encoder, functions, args, draws, caught) -> list[dict]:
-    """Complete and score encoded prompts and their records: one group each, none once a signal is caught.
+def make_groups(engine, samples, indices, records, encoder, args, step, caught) -> list[dict]:
+    """Complete encoded prompts and their records, under engine.gathered(): one group each, none once a signal is caught.
 
-    A group has `record`, `sample`, `ids` and `logps` (lists of G lists), `texts`, `rewards` (float64 [G, F]).
+    In optimizer step `step` G completions are sampled, with random numbers that depend on nothing but the seed, the step
+    and the record; in an evaluation (None) one is made greedily. Samples that were skipped have no group.
+    A group has `record`, `sample`, `ids` and `logps` (see generate), `texts`.
     """
-    ids, logps = generate(engine, samples, encoder, args, draws, caught)
-    if caught:
-        return []
-    groups = [{"record": row, "sample": sample, "ids": group_ids, "logps": group_logps,
-               "texts": [encoder.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in group_ids]}
-              for row, sample, group_ids, group_logps in zip(rows, samples, ids, logps)]  # fmt: skip
+    kept = [(sample, i) for sample, i in zip(samples, indices) if "input_ids" in sample]
+    shape, draws = (args.num_generations, args.max_completion_length), None
+    if step is not None:
+        draws = [np.random.default_rng([args.seed, step, i]).random(shape) for _, i in kept]
+    ids, logps = generate(engine, [sample for sample, _ in kept], encoder, args, draws, caught)
+    decode = partial(encoder.tokenizer.decode, skip_special_tokens=True)
+    groups = [{"record": records[i], "sample": sample, "ids": ids[p], "logps": logps[p], "texts": list(map(decode, ids[p]))}
+              for p, (sample, i) in enumerate(kept)]  # fmt: skip
+    return [] if caught else groups
+
+
+def reward_groups(functions: dict, groups: list[dict], args):
+    """Give every group its `rewards` (float64 [G, F]) and their weighted sum `reward` [G] (NaN: none is applicable)."""
+    weights = torch.tensor(args.reward_weights, dtype=torch.float64)
     for group, rewards in zip(groups, score(functions, groups)):
-        group["rewards"] = rewards
-    return groups
-
-
-def total_reward(rewards: torch.Tensor, weights: list[float]) -> torch.Tensor:
-    """The weighted sum over functions, [..., F] → [...]; NaN where none of them is applicable."""
-    total = (rewards * torch.tensor(weights, dtype=torch.float64)).nansum(-1)
-    return total.where(~rewards.isnan().all(-1), math.nan)
+        total = (rewards * weights).nansum(-1)
+        group |= {"rewards": rewards, "reward": total.where(~rewards.isnan().all(-1), math.nan)}
 
 
 def group_sums(groups: list[dict], stops: list[int], args) -> torch.Tensor:
     """What the statistics of groups are made of, float64 [9 + 2·F], to be summed over processes (see statistics)."""
-    totals = [total_reward(group["rewards"], args.reward_weights) for group in groups]
-    stds = torch.cat([group_std(total[None]) for total in totals]) if groups else torch.zeros(0, dtype=torch.float64)
-    scored = torch.cat([total[~total.isnan()] for total in totals]) if groups else torch.zeros(0, dtype=torch.float64)
+    nothing = torch.zeros(0, dtype=torch.float64)
+    rewards = torch.cat([nothing, *(group["reward"] for group in groups)])
+    scored = rewards[~rewards.isnan()]
+    stds = torch.cat([nothing, *(group_std(group["reward"][None]) for group in groups)]).nan_to_num(0.0)
+    each = torch.cat([nothing.view(0, len(args.reward_weights)), *(group["rewards"] for group in groups)])
     ids = [tokens for group in groups for tokens in group["ids"]]
-    cut = sum(tokens[-1] not in stops for tokens in ids)
-    zero = (stds.nan_to_num(0.0) < 1e-8).sum().item()
-    own = [len(groups), stds.nansum().item(), zero, len(ids), sum(map(len, ids)), cut, len(scored),
-           scored.sum().item(), scored.square().sum().item()]  # fmt: skip
-    each = torch.cat([group["rewards"] for group in groups]) if groups else torch.zeros(0, len(args.reward_weights))
-    sums, counts = each.nansum(0).tolist(), (~each.isnan()).sum(0).tolist()
-    return torch.tensor([*own, *sums, *counts], dtype=torch.float64)
+    own = [len(groups), stds.sum(), (stds < 1e-8).sum(), len(ids), sum(map(len, ids)),
+           sum(tokens[-1] not in stops for tokens in ids), len(scored), scored.sum(), scored.square().sum()]  # fmt: skip
+    return torch.tensor([*map(float, own), *each.nansum(0).tolist(), *(~each.isnan()).sum(0).tolist()],
+                        dtype=torch.float64)  # fmt: skip
 
 
 def statistics(sums: torch.Tensor, names: list[str]) -> tuple[dict, float]:
-    """The rollout's metrics from group_sums of all processes, and the standard deviation of all rewards."""
+    """The metrics of a step's completions from group_sums of all processes, and the deviation of all their rewards."""
     groups, stds, zero, completions, tokens, cut, scored, total, squares, *each = sums.tolist()
     told = {
         "reward": total / scored if scored else math.nan,
@@ -710,16 +714,19 @@ def describe_rewards(args, functions: dict, samples_per_step: int, records):
         mv.say(f"  note       {left_out} turns after the first answers of the records are not read")
 
 
-def shown_group(group: dict, names: list[str], args, step: int) -> dict:
+def shown_group(group: dict, names: list[str], step: int) -> dict:
     """A line of completions.jsonl: the prompt with its videos as tags, the reference, and every completion."""
     prompt = "".join(part["text"] if part["type"] == "text" else f"<{'image' if part['type'] == 'image' else 'video'}>"
                      for turn in group["record"]["messages"] for part in turn["content"])  # fmt: skip
     prompt = re.sub(r"(<(?:video|image)>)\1{2,}", lambda run: f"{run[1]}×{len(run[0]) // len(run[1])} ", prompt)
-    totals = total_reward(group["rewards"], args.reward_weights).tolist()
     completions = []
     for g, text in enumerate(group["texts"]):
         rewards = {name: _number(value) for name, value in zip(names, group["rewards"][g].tolist())}
-        numbers = {"reward": _number(totals[g]), **rewards, "advantage": _number(group["advantages"][g].item())}
+        numbers = {
+            "reward": _number(group["reward"][g].item()),
+            **rewards,
+            "advantage": _number(group["advantages"][g].item()),
+        }
         completions.append({"text": text, **numbers, "tokens": len(group["ids"][g])})
     told = {"step": step, "id": group["record"]["id"], "prompt": prompt, "reference": group["record"]["reference"]}
     return told | {"completions": completions}
@@ -746,9 +753,8 @@ def evaluate(engine, stream, records, encoder, functions, args, caught) -> dict 
         for indices, samples in zip(own, stream.batches(records, own, args.eval_image_folder)):
             if mv.stop_asked(accelerator, caught):
                 return None
-            kept = [(sample, records[i]) for sample, i in zip(samples, indices) if "input_ids" in sample]
-            groups = make_groups(engine, [sample for sample, _ in kept], [row for _, row in kept], encoder, functions,
-                                 args, None, caught)  # fmt: skip
+            groups = make_groups(engine, samples, indices, records, encoder, args, None, caught)
+            reward_groups(functions, groups, args)
             sums += group_sums(groups, stops, args)
             for group in groups:
                 (value,) = accuracy_reward(group["texts"], [group["record"]["reference"]])
@@ -835,7 +841,7 @@ def main():
     steps = stream.steps(records, windows, batch_size, rank, world_size, args.image_folder)
     bar = tqdm(total=total_steps, initial=state["step"], desc="train", disable=not is_main)
     model.train()
-    stops = end_tokens(raw_model, encoder)
+    stops, iteration = end_tokens(raw_model, encoder), -1
     caught, saved_step = mv.catch_signals(), None
     while True:
         epoch = state["samples_seen"] / len(records)
@@ -864,42 +870,41 @@ def main():
 
         # ---- data, rollouts, and the exchange that keeps the processes together
         started = time.perf_counter()
-        if (iteration := state["step"] % args.num_iterations) == 0:
+        iteration = (iteration + 1) % args.num_iterations
+        if iteration == 0:
             window, samples_seen, rows = next(steps)
             data_wait = time.perf_counter() - started
-            indices = mv.micro_batches(window, batch_size, rank, world_size)
-            encoded = [(sample, i) for samples, own in zip(rows, indices) for sample, i in zip(samples, own)]
-            kept = [(sample, i) for sample, i in encoded if "input_ids" in sample]
-            shape = (args.num_generations, args.max_completion_length)
-            draws = [np.random.default_rng([args.seed, state["step"], i]).random(shape) for _, i in kept]
+            encoded = [sample for samples in rows for sample in samples]
+            indices = itertools.chain(*mv.micro_batches(window, batch_size, rank, world_size))
             with engine.gathered():
-                groups = make_groups(engine, [sample for sample, _ in kept], [records[i] for _, i in kept], encoder,
-                                     functions, args, draws, caught)  # fmt: skip
+                groups = make_groups(engine, encoded, indices, records, encoder, args, state["step"], caught)
             rollout_seconds = time.perf_counter() - started - data_wait
+            reward_groups(functions, groups, args)
             told, std = statistics(accelerator.reduce(group_sums(groups, stops, args).to(accelerator.device)).cpu(),
                                    list(functions))  # fmt: skip
-            by_sample = {}
             for group in groups:
-                total = total_reward(group["rewards"], args.reward_weights)
-                group["advantages"] = group_advantages(total[None], args.scale_rewards, std)[0]
-                by_sample[id(group["sample"])] = group
-            packed = [pack_groups([by_sample[id(sample)] for sample in samples if id(sample) in by_sample],
-                                  encoder, stops, args, accelerator.device) for samples in rows]  # fmt: skip
+                group["advantages"] = group_advantages(group["reward"][None], args.scale_rewards, std)[0]
+            reward_seconds = time.perf_counter() - started - data_wait - rollout_seconds
+            left = iter(groups)  # in the order of their rows
+            per_row = [sum("input_ids" in sample for sample in samples) for samples in rows]
+            packed = [pack_groups(list(itertools.islice(left, count)), encoder, stops, args, accelerator.device)
+                      for count in per_row]  # fmt: skip
+            kept = [sample for sample in encoded if "input_ids" in sample]
             completions = [ids for group in groups for ids in group["ids"]]
             local_counts = {
                 "samples": len(groups),
                 "skipped_samples": len(encoded) - len(kept),
-                "shrunk_samples": sum(sample["shrunk"] for sample, _ in kept),
-                "videos": sum(sample["num_videos"] for sample, _ in kept),
-                "images": sum(sample["num_images"] for sample, _ in kept),
-                "tokens": sum(sample["num_tokens"] for sample, _ in kept) + sum(map(len, completions)),
+                "shrunk_samples": sum(sample["shrunk"] for sample in kept),
+                "videos": sum(sample["num_videos"] for sample in kept),
+                "images": sum(sample["num_images"] for sample in kept),
+                "tokens": sum(sample["num_tokens"] for sample in kept) + sum(map(len, completions)),
                 "supervised_tokens": sum(len(ids) for ids in completions if is_learned(ids, stops, args)),
                 "completions": len(completions),
                 "completion_tokens": sum(map(len, completions)),
                 "update_tokens": sum(batch["update_tokens"] for batch in packed),
             }
         else:
-            data_wait = rollout_seconds = 0.0
+            data_wait = rollout_seconds = reward_seconds = 0.0
         counts, stop = mv.exchange(accelerator, state, window, local_counts, caught)
         if stop and iteration == 0:  # rollouts are not saved: what began with them is brought to its end
             break
@@ -942,7 +947,7 @@ def main():
 
         # ---- log
         seconds = time.perf_counter() - started
-        update_seconds = seconds - data_wait - rollout_seconds
+        update_seconds = seconds - data_wait - rollout_seconds - reward_seconds
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
         row = {
@@ -960,9 +965,8 @@ def main():
             "step_seconds": round(seconds, 4),
             "data_wait_seconds": round(data_wait, 4),
             "rollout_seconds": round(rollout_seconds, 4),
-            "rollout_tokens_per_second": round(counts["completion_tokens"] / rollout_seconds, 1)
-            if rollout_seconds
-            else None,
+            "reward_seconds": round(reward_seconds, 4),
+            "rollout_tokens_per_second": round(counts["completion_tokens"] / (rollout_seconds or math.inf), 1),
             "update_tokens_per_second": round(counts["update_tokens"] / update_seconds, 1),
             "max_memory_gb": round(memory, 3),
         }
@@ -971,8 +975,8 @@ def main():
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         if is_main:
             mv.append_jsonl(metrics_path, row)
-            if groups and iteration == 0 and (state["step"] // args.num_iterations) % args.logging_steps == 0:
-                shown = shown_group(groups[0], list(functions), args, state["step"])
+            if groups and iteration == 0 and (state["step"] - 1) % args.logging_steps < args.num_iterations:
+                shown = shown_group(groups[0], list(functions), state["step"])
                 mv.append_jsonl(output_dir / "completions.jsonl", shown)
             if bad:
                 mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
@@ -991,14 +995,11 @@ def main():
 
         # ---- what is due now
         ends_epoch, ends = samples_seen % len(records) == 0, state["step"] >= total_steps
-        if state["step"] % args.num_iterations and not ends:
+        if iteration < args.num_iterations - 1 and not ends:
             continue  # rollouts are not saved: evaluation and checkpoints wait for the last iteration on them
         passed = args.num_iterations  # steps since the last look: was one of them a round number?
-        due = {
-            "no": False,
-            "steps": state["step"] % (args.eval_steps or args.logging_steps) < passed,
-            "epoch": ends_epoch,
-        }
+        every = args.eval_steps or args.logging_steps
+        due = {"no": False, "steps": state["step"] % every < passed, "epoch": ends_epoch}
         state["eval_due"] = args.eval_strategy != "no" and (due[args.eval_strategy] or ends)
         due = {"no": False, "steps": state["step"] % args.save_steps < passed, "epoch": ends_epoch}
         state["save_due"] = due[args.save_strategy]

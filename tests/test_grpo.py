@@ -1,0 +1,503 @@
+"""train_grpo.py: rollouts, objective and rewards held against the plain HF model, TRL 1.16 and hand-made values."""
+
+import copy
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import types
+from collections import defaultdict
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference import hf_inputs
+from safetensors.torch import load_file
+from test_packing import clips, close_gradients  # noqa: F401
+from test_train import ROOT, demo, metrics  # noqa: F401
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import multivideo as mv
+import train_grpo as grpo
+
+LENGTHS = [30, 1, 2, 0]  # videos of the prompts below
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Prompts with thirty videos, one video, an image and a video, and text alone; each with an answer."""
+    raw = [
+        {"video": [f"{i}.mp4" for i in range(30)], "conversations": [
+            {"from": "human", "value": "What do these show?"}, {"from": "gpt", "value": "Noise."}]},
+        {"video": "large.mp4", "conversations": [
+            {"from": "system", "value": "Be brief."}, {"from": "human", "value": "Describe <video> now."},
+            {"from": "gpt", "value": "One clip."}]},
+        {"image": "0.png", "video": "middle.mp4", "prompt": "<image>\nwith\n<video>\nwhat?", "solution": "A clip."},
+        {"prompt": [{"role": "user", "content": "No pictures. Who are you?"}], "answer": 7},
+    ]  # fmt: skip
+    return [grpo.normalize_record({"id": i, **record}, f"record {i}") for i, record in enumerate(raw)]
+
+
+def arguments(model, **kwargs):
+    kwargs = {"num_generations": 3, "max_completion_length": 9, "top_k": 0, "beta": 0.1, "max_seq_length": 4096,
+              "video_min_pixels": 784, "image_min_pixels": 784, **kwargs}  # fmt: skip
+    args = grpo.GRPOArguments(model_id=model, per_device_train_batch_size=2, **kwargs)
+    assert args.check(set()) == []
+    return args
+
+
+class OneProcess:
+    """What generate asks of an Engine."""
+
+    def __init__(self, model):
+        self.raw_model, self.autocast = model, nullcontext
+        self.accelerator = types.SimpleNamespace(device=torch.device("cpu"))
+
+
+def uniform(samples, args, seed=0):
+    shape = (args.num_generations, args.max_completion_length)
+    return [np.random.default_rng([seed, i]).random(shape) for i in range(len(samples))]
+
+
+@pytest.fixture(scope="module")
+def rollout(tiny_model, prompts, clips):  # noqa: F811
+    """Model, encoder, encoded prompts and three sampled completions of each; a third of all tokens ends one."""
+    args = arguments(tiny_model)
+    encoder, model = mv.Encoder(tiny_model, args), mv.load_model(args, "cpu").train()
+    model.generation_config.eos_token_id = list(range(0, 400, 3))
+    samples = [encoder(record, clips) for record in prompts]
+    assert [sample["num_videos"] + sample["num_images"] for sample in samples] == LENGTHS
+    ids, logps = grpo.generate(OneProcess(model), samples, encoder, args, uniform(samples, args))
+    lengths = {len(tokens) for group in ids for tokens in group}
+    assert len(lengths) > 3 and all(
+        tokens[-1] in grpo.end_tokens(model, encoder) or len(tokens) == 9 for group in ids for tokens in group
+    )
+    assert all(
+        token not in grpo.end_tokens(model, encoder) for group in ids for tokens in group for token in tokens[:-1]
+    )
+    return model, encoder, samples, ids, logps
+
+
+def reference_inputs(model_path, record, folder, completion):
+    """The HF processor's tensors of a prompt, found in its rendering with an answer, and completion tokens behind it."""
+    part = mv._part("text", text="x")
+    full = {**record, "messages": [*record["messages"], {"role": "assistant", "content": [part]}]}
+    args = arguments(model_path)
+    inputs, labels = hf_inputs(full, folder, args, AutoProcessor.from_pretrained(model_path))
+    length = int((labels != -100).nonzero()[0])
+    completion = torch.tensor([completion], dtype=torch.long)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :length], completion], 1)
+    types_ = inputs["mm_token_type_ids"][:, :length]
+    inputs["mm_token_type_ids"] = torch.cat([types_, torch.zeros_like(completion).to(types_.dtype)], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs, length
+
+
+def plain_logps(model, model_path, record, folder, completion, temperature):
+    """Log-probabilities of one completion through the plain HF model, alone and unpacked."""
+    inputs, length = reference_inputs(model_path, record, folder, completion)
+    model.model.rope_deltas = None
+    logits = model(**inputs, use_cache=False).logits[0, length - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+# --------------------------------------------------------------------------------------------------------- rollouts
+
+
+def test_rollout_logps_are_those_of_training(rollout, tiny_model, prompts, clips):  # noqa: F811
+    """Sampled tokens, teacher-forced: through the packed row of the update, and through the plain HF model."""
+    model, encoder, samples, ids, logps = rollout
+    args = arguments(tiny_model)
+    full = [mv.add_suffixes(sample, [(c, c) for c in group]) for sample, group in zip(samples, ids)]
+    inputs, targets, _ = mv.pack(full, encoder, "cpu")
+    flat = torch.tensor([x for group in logps for own in group for x in own])
+    with torch.no_grad():
+        ours = mv.token_logps(model(**inputs).logits, targets, args.temperature)
+        assert (ours - flat).abs().max() < 1e-5
+        plain = AutoModelForImageTextToText.from_pretrained(tiny_model)
+        theirs = [plain_logps(plain, tiny_model, record, clips, tokens, 0.9)
+                  for record, group in zip(prompts, ids) for tokens in group]  # fmt: skip
+    assert (torch.cat(theirs) - flat).abs().max() < 1e-5
+    assert model.training, "generate must leave the model as it was"
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_greedy_equals_generate(rollout, tiny_model, prompts, clips, penalty):  # noqa: F811
+    """Prompts of different lengths, decoded together, give what HF's generate gives for each alone."""
+    model, encoder, samples, _, _ = rollout
+    args = arguments(tiny_model, repetition_penalty=penalty, max_completion_length=6)
+    ours, _ = grpo.generate(OneProcess(model), samples, encoder, args)
+    plain = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    for record, group in zip(prompts, ours):
+        inputs, length = reference_inputs(tiny_model, record, clips, [])
+        output = plain.generate(
+            **inputs, max_new_tokens=6, do_sample=False, repetition_penalty=penalty,
+            eos_token_id=grpo.end_tokens(model, encoder),
+            suppress_tokens=[*encoder.vision_ids, *range(len(encoder.tokenizer), plain.config.text_config.vocab_size)],
+        )  # fmt: skip
+        assert group == [output[0, length:].tolist()]
+
+
+def test_completions_depend_on_their_own_draws_only(rollout, tiny_model):
+    """The same bit for bit when repeated, in chunks of one prompt, in another order and company; others by draws."""
+    model, encoder, samples, ids, logps = rollout
+    args, engine = arguments(tiny_model), OneProcess(model)
+    draws = uniform(samples, args)
+    assert grpo.generate(engine, samples, encoder, args, draws) == (ids, logps)
+    alone = arguments(tiny_model, rollout_cache_gb=1e-6)
+    assert grpo.generate(engine, samples, encoder, alone, draws)[0] == ids
+    order = [2, 0]
+    assert grpo.generate(engine, [samples[i] for i in order], encoder, args, [draws[i] for i in order])[0] == [
+        ids[i] for i in order
+    ]
+    assert grpo.generate(engine, samples, encoder, args, uniform(samples, args, seed=1))[0] != ids
+    swapped = [draw[[1, 0, 2]] for draw in draws]
+    assert grpo.generate(engine, samples, encoder, args, swapped)[0] == [[g[1], g[0], g[2]] for g in ids]
+
+
+def test_rollout_memory_is_bounded(rollout, tiny_model, monkeypatch):
+    """Prompts take turns when their keys and values are over the bound, like lengths together."""
+    model, encoder, samples, _, _ = rollout
+    seen = []
+    decode = grpo._decode
+
+    def spy(model, prompts, *rest):
+        seen.append([len(prompt["input_ids"]) for prompt in prompts])
+        return decode(model, prompts, *rest)
+
+    monkeypatch.setattr(grpo, "_decode", spy)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    config = model.config.text_config
+    token = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * 16
+    group = 3 * (9 * token + 32 * config.vocab_size)
+    bound = 2 * (sorted(lengths)[0] * token + group) + 1
+    samples = [*samples, samples[-1]]
+    lengths.append(lengths[-1])
+    args = arguments(tiny_model, rollout_cache_gb=bound / 2**30)
+    grpo.generate(OneProcess(model), samples, encoder, args, uniform(samples, args))
+    assert sorted(length for chunk in seen for length in chunk) == sorted(lengths)
+    assert [len(chunk) for chunk in seen] == [1, 1, 1, 2]
+    for chunk in seen[-1:]:
+        assert len(chunk) * (max(chunk) * token + group) <= bound
+
+
+def test_sampling_follows_the_distribution():
+    """Evenly spread draws give every token its share to within one; tokens of probability 0 are never taken."""
+    torch.manual_seed(0)
+    scores = torch.randn(50) * 2
+    scores[[0, 7, 49]] = -math.inf
+    draws = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    tokens = grpo.sample_tokens(scores.expand(20000, -1), draws)
+    counts, expected = tokens.bincount(minlength=50), scores.double().softmax(-1) * 20000
+    assert (counts - expected).abs().max() <= 1.01 and counts[[0, 7, 49]].sum() == 0
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert grpo.sample_tokens(scores.expand(2, -1), edges).tolist() == [1, 48]
+
+
+@pytest.mark.parametrize("flags", [{"top_k": 3}, {"top_p": 0.05}, {"min_p": 0.9}, {"temperature": 0.002}])
+def test_sampling_flags(rollout, tiny_model, flags):
+    """Every sampled token is among those that the flag leaves, which are counted from the plain probabilities."""
+    model, encoder, samples, _, _ = rollout
+    args = arguments(tiny_model, **flags)
+    ids, logps = grpo.generate(OneProcess(model), samples[1:], encoder, args, uniform(samples[1:], args))
+    full = [mv.add_suffixes(sample, [(c, c) for c in group]) for sample, group in zip(samples[1:], ids)]
+    inputs, targets, _ = mv.pack(full, encoder, "cpu")
+    silent = [*encoder.vision_ids, *range(len(encoder.tokenizer), model.config.text_config.vocab_size)]
+    with torch.no_grad():
+        logits = model(**inputs).logits[0] / args.temperature
+    logits[:, silent] = -math.inf
+    probabilities = logits.softmax(-1)
+    own = probabilities.gather(1, targets[:, None])
+    rank, before = (probabilities > own).sum(1), (probabilities * (probabilities > own)).sum(1)
+    if "top_k" in flags:
+        assert rank.max() == 2
+    if "top_p" in flags:
+        assert before.max() < 0.05 and rank.max() > 2
+    if "min_p" in flags:
+        assert (own[:, 0] / probabilities.max(1)[0]).min() >= 0.9 - 1e-4 and rank.max() > 0
+    if "temperature" in flags:
+        assert (rank == 0).float().mean() > 0.9
+
+
+def test_vision_tokens_are_never_sampled(rollout, tiny_model):
+    """A head that wants nothing but vision tokens, and ids that no tokenizer knows, gets none of them."""
+    model, encoder, samples, _, _ = rollout
+    model = copy.deepcopy(model)
+    model.lm_head.weight.data.zero_()
+    wanted = [*encoder.vision_ids, *range(len(encoder.tokenizer), model.config.text_config.vocab_size)]
+    hidden = model.lm_head.register_forward_hook(lambda m, i, out: out.index_fill_(-1, torch.tensor(wanted), 50.0))
+    args = arguments(tiny_model)
+    for draws in (uniform(samples, args), None):
+        ids, _ = grpo.generate(OneProcess(model), samples, encoder, args, draws)
+        assert not {token for group in ids for tokens in group for token in tokens} & set(wanted)
+    hidden.remove()
+
+
+def test_every_video_is_seen(rollout, tiny_model):
+    """Blanking one video of thirty moves the rollout's log-probabilities and the update's; swapping two does as well."""
+    model, encoder, samples, ids, logps = rollout
+    args = arguments(tiny_model)
+    starts = [0, *np.cumsum(samples[0]["video_grid_thw"].prod(1)).tolist()]
+    grids = [tuple(grid) for grid in samples[0]["video_grid_thw"].tolist()]
+    j = next(j for j in range(5, 30) if grids[j] == grids[4])
+    variants = []
+    for k in (0, 13, 29):
+        blank = copy.deepcopy(samples[0])
+        blank["patches"][starts[k] : starts[k + 1]] = 0
+        variants.append(blank)
+    swapped = copy.deepcopy(samples[0])
+    a, b = slice(starts[4], starts[5]), slice(starts[j], starts[j + 1])
+    swapped["patches"][a], swapped["patches"][b] = samples[0]["patches"][b], samples[0]["patches"][a]
+    groups = [samples[0], *variants, swapped]
+    draws = uniform(samples, args)[:1] * len(groups)
+    _, rolled = grpo.generate(OneProcess(model), groups, encoder, args, draws)
+    updates = []
+    for sample in groups:
+        inputs, targets, _ = mv.pack([mv.add_suffixes(sample, [(c, c) for c in ids[0]])], encoder, "cpu")
+        with torch.no_grad():
+            updates.append(mv.token_logps(model(**inputs).logits, targets, 0.9).tolist())
+    for g in range(1, len(groups)):
+        assert all(rolled[g][c][0] != rolled[0][c][0] for c in range(3)), f"rollout {g}"
+        assert all(ours != theirs for ours, theirs in zip(updates[g], updates[0])), f"update {g}"
+
+
+# -------------------------------------------------------------------------------------------------------- objective
+
+
+OBJECTIVES = [{"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "epsilon_high": 0.28}
+              for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo") for level in ("token", "sequence")
+              for beta in (0.0, 0.3)]  # fmt: skip
+
+
+def separate_loss(logps, old, ref, advantages, learned, args):
+    """The loss of completions one by one, written as the papers do: lists of [tokens] per completion."""
+    losses = []
+    for own, o, r, advantage, counted in zip(logps, old, ref, advantages, learned):
+        log_ratio = own - o if args.importance_sampling_level == "token" else (own - o).mean().expand(len(own))
+        ratio = torch.exp(log_ratio)
+        bounded = torch.clamp(ratio, 1 - args.epsilon, 1 + args.epsilon_high)
+        loss = -torch.minimum(ratio * advantage, bounded * advantage)
+        if args.beta:
+            loss = loss + args.beta * ratio * (torch.exp(r - own) - (r - own) - 1)
+        losses.append(loss * counted)
+    tokens = sum(len(loss) for loss, counted in zip(losses, learned) if counted)
+    if args.loss_type == "grpo":
+        return sum(loss.mean() for loss in losses) / len(losses)
+    if args.loss_type == "dr_grpo":
+        return sum(loss.sum() for loss in losses) / (len(losses) * args.max_completion_length)
+    return sum(loss.sum() for loss in losses) / tokens
+
+
+def packed_loss(model, encoder, groups, args, off=True):
+    """Our loss over groups in one row, with off-policy old and reference log-probabilities by completion."""
+    stops = grpo.end_tokens(model, encoder)
+    batch = grpo.pack_groups(groups, encoder, stops, args, "cpu")
+    logps = mv.token_logps(model(**batch["inputs"]).logits, batch["targets"], args.temperature)
+    ids = [tokens for group in groups for tokens in group["ids"]]
+    learned = [grpo.is_learned(tokens, stops, args) for tokens in ids]
+    totals = {"completions": len(ids), "supervised_tokens": sum(len(c) for c, kept in zip(ids, learned) if kept)}
+    old = ref = logps.detach()
+    if off:
+        shifts = torch.tensor([x for group in groups for own in group["shifts"] for x in own])
+        old, ref = logps.detach() + shifts, logps.detach() - 0.7 * shifts
+    weights = grpo.token_weights(batch["lengths"], batch["learned"], totals, args)
+    loss, kl, clipped = grpo.grpo_loss(
+        logps, old, ref if args.beta else None, batch["advantages"], batch["sequences"], weights, args
+    )
+    return loss, kl, clipped, learned
+
+
+def make_group(sample, ids, seed):
+    generator = torch.Generator().manual_seed(seed)
+    offsets = [-0.4, 0.4, 0.0] if seed % 2 else [0.4, -0.4, 0.0]  # so that whole completions are clipped too
+    shifts = [
+        (0.3 * torch.randn(len(tokens), generator=generator) + offset).tolist() for tokens, offset in zip(ids, offsets)
+    ]
+    advantages = torch.tensor([1.2, -0.9, 0.4] if seed % 2 else [-0.7, 1.1, -0.2], dtype=torch.float64)
+    return {"sample": sample, "ids": ids, "logps": [[0.0] * len(tokens) for tokens in ids], "shifts": shifts,
+            "advantages": advantages}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain_graph(rollout, tiny_model, prompts, clips):  # noqa: F811
+    """The plain HF model and its log-probabilities of each completion of two groups, with their graph."""
+    _, _, _, ids, _ = rollout
+    plain = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    return plain, [plain_logps(plain, tiny_model, prompts[i], clips, tokens, 0.9) for i in (0, 3) for tokens in ids[i]]
+
+
+@pytest.mark.parametrize("flags", OBJECTIVES, ids=lambda flags: "-".join(map(str, flags.values())))
+def test_group_loss_equals_separate_sequences(rollout, tiny_model, plain_graph, flags):
+    """Loss and all gradients of two groups in one row, against each completion alone through the plain HF model."""
+    model, encoder, samples, ids, _ = rollout
+    plain, logps = plain_graph
+    args = arguments(tiny_model, mask_truncated_completions=flags["loss_type"] in ("grpo", "dapo"), **flags)
+    groups = [make_group(samples[i], ids[i], seed=i) for i in (0, 3)]
+    loss, kl, clipped, learned = packed_loss(model, encoder, groups, args)
+    assert 0 < clipped.sum() < len(clipped) and (kl is None) == (args.beta == 0)
+    shifts = [torch.tensor(own) for group in groups for own in group["shifts"]]
+    expected = separate_loss(
+        logps, [own.detach() + s for own, s in zip(logps, shifts)], [own.detach() - 0.7 * s for own, s in zip(logps, shifts)],
+        torch.cat([group["advantages"] for group in groups]).float(), learned, args,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
+    model.zero_grad()
+    plain.zero_grad()
+    loss.backward()
+    expected.backward(retain_graph=True)
+    close_gradients(model, plain)
+
+
+def test_order_in_a_group_means_nothing(rollout, tiny_model):
+    model, encoder, samples, ids, _ = rollout
+    args, gradients = arguments(tiny_model, loss_type="grpo"), []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        group = make_group(samples[1], ids[1], seed=0)
+        group |= {key: [group[key][i] for i in order] for key in ("ids", "logps", "shifts")}
+        group["advantages"] = group["advantages"][order]
+        loss, *_ = packed_loss(model, encoder, [group], args)
+        model.zero_grad()
+        loss.backward()
+        gradients.append([loss.item(), *(p.grad.norm().item() for p in model.parameters() if p.grad is not None)])
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-4, abs=1e-8)
+
+
+def test_ratio_is_one_at_first(rollout, tiny_model):
+    """At the first iteration the loss is −Σ advantage × weight exactly, and its gradient is not zero."""
+    model, encoder, samples, ids, _ = rollout
+    args = arguments(tiny_model, beta=0.0)
+    group = make_group(samples[1], ids[1], seed=0)
+    loss, _, clipped, _ = packed_loss(model, encoder, [group], args, off=False)
+    lengths = torch.tensor([len(tokens) for tokens in ids[1]])
+    assert loss.item() == pytest.approx(-(group["advantages"] * lengths).sum().item() / lengths.sum().item(), rel=1e-6)
+    assert not clipped.any()
+    model.zero_grad()
+    loss.backward()
+    assert model.lm_head.weight.grad.norm() > 1e-3
+
+
+def test_groups_without_advantage_leave_the_pack(rollout, tiny_model):
+    """Without KL a group of equal rewards is not packed, and the loss and gradients of the others stay what they were."""
+    model, encoder, samples, ids, _ = rollout
+    groups = [make_group(samples[i], ids[i], seed=i) for i in (1, 3)]
+    groups[1]["advantages"] = grpo.group_advantages(torch.tensor([[0.5, 0.5, 0.5]], dtype=torch.float64), "group")[0]
+    results = []
+    for beta in (0.0, 1e-30):
+        args = arguments(tiny_model, beta=beta, loss_type="dapo")
+        batch = grpo.pack_groups(groups, encoder, grpo.end_tokens(model, encoder), args, "cpu")
+        assert len(batch["lengths"]) == (6 if beta else 3)
+        totals = {"completions": 6, "supervised_tokens": sum(len(c) for group in groups for c in group["ids"])}
+        logps = mv.token_logps(model(**batch["inputs"]).logits, batch["targets"], 0.9)
+        weights = grpo.token_weights(batch["lengths"], batch["learned"], totals, args)
+        ref = logps.detach() if beta else None
+        loss, *_ = grpo.grpo_loss(logps, logps.detach(), ref, batch["advantages"], batch["sequences"], weights, args)
+        model.zero_grad()
+        loss.backward()
+        results.append([loss.item(), *(p.grad.norm().item() for p in model.parameters())])
+    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-8)
+    empty = grpo.pack_groups(groups[1:], encoder, [], arguments(tiny_model, beta=0.0), "cpu")
+    assert empty["update_tokens"] == 0 and len(empty["targets"]) == 0
+    model(**empty["inputs"]).logits.sum().backward()  # the dummy goes through tower and language model
+
+
+def test_advantages():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.2, 0.2, 0.2, 0.2], [1.0, math.nan, 0.0, math.nan],
+                            [math.nan, 3.0, math.nan, math.nan]], dtype=torch.float64)  # fmt: skip
+    std = math.sqrt(1 / 3)
+    half = 0.5 / (math.sqrt(0.5) + 1e-4)
+    expected = [[0.5 / (std + 1e-4) * sign for sign in (1, -1, -1, 1)], [0.0] * 4, [half, 0.0, -half, 0.0], [0.0] * 4]
+    assert grpo.group_advantages(rewards, "group").flatten().tolist() == pytest.approx(sum(expected, []), abs=1e-12)
+    plain = grpo.group_advantages(rewards, "none")
+    assert plain[0].tolist() == [0.5, -0.5, -0.5, 0.5] and plain[3].tolist() == [0.0] * 4
+    assert grpo.group_advantages(rewards, "batch", 2.0)[0].tolist() == pytest.approx(
+        [0.5 / 2.0001, *[-0.5 / 2.0001] * 2, 0.5 / 2.0001]
+    )
+    from trl.trainer.utils import nanstd
+
+    theirs = nanstd(rewards[:3], dim=1)
+    assert grpo.group_std(rewards)[:3].tolist() == pytest.approx(theirs.tolist())
+    groups = [{"reward": row, "rewards": row[:, None], "ids": [[1, 2], [3], [3], [2]]} for row in rewards]
+    told, deviation = grpo.statistics(grpo.group_sums(groups, [2], types.SimpleNamespace(reward_weights=[1.0])), ["f"])
+    assert deviation == pytest.approx(nanstd(rewards).item())
+    values = rewards[~rewards.isnan()]
+    assert told == {"reward": pytest.approx(values.mean().item()), "reward_std": pytest.approx(theirs.sum().item() / 4),
+                    "frac_reward_zero_std": 0.5, "completions/mean_length": 1.25, "completions/clipped_ratio": 0.5,
+                    "completions/unscored": 5, "rewards/f": pytest.approx(values.mean().item())}  # fmt: skip
+
+
+def test_losses_equal_trl(tiny_model):
+    """TRL 1.16's own _compute_loss on a text-only batch of two groups: loss, gradients, KL and clipped shares."""
+    from trl import GRPOTrainer
+    from trl.trainer.utils import add_fused_lm_head
+
+    args = arguments(tiny_model, temperature=0.7, mask_truncated_completions=True)
+    encoder, model = mv.Encoder(tiny_model, args), mv.load_model(args, "cpu").train()
+    theirs = AutoModelForImageTextToText.from_pretrained(tiny_model).train()
+    add_fused_lm_head(theirs, temperature=0.7, outputs=("log_probs", "entropy"))
+    texts = ["Who are you?", "What is it that you can see here, then?"]
+    samples = [encoder(grpo.normalize_record({"prompt": text, "answer": "x"}, "r"), ".") for text in texts]
+    ids = [[[5, 9, 2], [7] * 8 + [3], [3, 1]], [[8, 4], [6, 2, 9, 9], [1] * 9]]
+    groups = [make_group(sample, own, seed=i) for i, (sample, own) in enumerate(zip(samples, ids))]
+    model.generation_config.eos_token_id = [2, 3, 1, 4]  # the fifth one is cut short
+    flat = [tokens for own in ids for tokens in own]
+    stops, pad = grpo.end_tokens(model, encoder), 0
+    kept = torch.tensor([tokens[-1] in stops for tokens in flat])
+    assert kept.sum() == 5
+
+    def padded(rows, side):
+        longest = max(map(len, rows))
+        fill = [[pad] * (longest - len(row)) for row in rows]
+        ones = [[1.0] * len(row) for row in rows]
+        rows = [f + list(r) if side == "left" else list(r) + f for r, f in zip(rows, fill)]
+        mask = [[0.0] * len(f) + o if side == "left" else o + [0.0] * len(f) for o, f in zip(ones, fill)]
+        return torch.tensor(rows), torch.tensor(mask)
+
+    prompt_ids, prompt_mask = padded([sample["input_ids"].tolist() for sample in samples for _ in range(3)], "left")
+    completion_ids, completion_mask = padded(flat, "right")
+    shifts, _ = padded([own for group in groups for own in group["shifts"]], "right")
+    loss_mask = completion_mask * kept[:, None]
+    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask.long(), "completion_ids": completion_ids,
+              "completion_mask": loss_mask.long(), "num_items_in_batch": loss_mask.sum(),
+              "advantages": torch.cat([group["advantages"] for group in groups]).float()}  # fmt: skip
+    accelerator = types.SimpleNamespace(
+        autocast=nullcontext, num_processes=1, is_main_process=False, reduce=lambda x, reduction: x, gather=lambda x: x
+    )
+    for flags in OBJECTIVES:
+        args = arguments(tiny_model, temperature=0.7, mask_truncated_completions=True, **flags)
+        told = {"train": defaultdict(list)}
+        trainer = types.SimpleNamespace(
+            model=theirs, accelerator=accelerator, aux_loss_enabled=False, top_entropy_quantile=1.0,
+            off_policy_mask_threshold=None, importance_sampling_level=args.importance_sampling_level, beta=args.beta,
+            loss_type=args.loss_type, epsilon_low=args.epsilon, epsilon_high=args.epsilon_high, use_vllm=False,
+            max_completion_length=args.max_completion_length, current_gradient_accumulation_steps=1, _metrics=told,
+            _entropy_bonus_enabled=False,
+            args=types.SimpleNamespace(use_bias_correction_kl=True, delta=None, steps_per_generation=1),
+        )  # fmt: skip
+        trainer._get_per_token_logps_and_entropies = types.MethodType(
+            GRPOTrainer._get_per_token_logps_and_entropies, trainer
+        )
+        with torch.no_grad():
+            mask = torch.cat([prompt_mask, completion_mask], 1).long()
+            base, _, _ = trainer._get_per_token_logps_and_entropies(
+                theirs, torch.cat([prompt_ids, completion_ids], 1), mask, completion_ids.shape[1]
+            )
+        expected = GRPOTrainer._compute_loss(trainer, theirs, inputs | {
+            "old_per_token_logps": base + shifts, "ref_per_token_logps": base - 0.7 * shifts})  # fmt: skip
+        loss, kl, clipped, _ = packed_loss(model, encoder, groups, args)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-7), flags
+        learned = torch.cat([torch.full((len(tokens),), bool(own)) for tokens, own in zip(flat, kept)])
+        if args.beta:
+            assert kl[learned].mean().item() == pytest.approx(told["train"]["kl"][0], rel=1e-4)
+        if args.importance_sampling_level == "token":
+            theirs_clipped = told["train"]["clip_ratio/region_mean"][0]
+            assert clipped[learned].float().mean().item() == pytest.approx(theirs_clipped) and theirs_clipped > 0
+        model.zero_grad()
+        theirs.zero_grad()
+        loss.backward()
+        expected.backward()
+        close_gradients(model, theirs, 2e-5)
