@@ -501,3 +501,430 @@ def test_losses_equal_trl(tiny_model):
         loss.backward()
         expected.backward()
         close_gradients(model, theirs, 2e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- rewards
+
+
+def reward_of(name, completion, reference):
+    return grpo.BUILT_IN[name](completions=[[{"role": "assistant", "content": completion}]], reference=[reference])[0]
+
+
+@pytest.mark.parametrize("name, completion, reference, expected", [
+    ("accuracy", "The second.", "the  second", 1.0),
+    ("accuracy", "<think>The first?</think> <answer> The second </answer>", "The second.", 1.0),
+    ("accuracy", "<think>The second</think>The first", "The second", 0.0),
+    ("accuracy", "<answer>no</answer> <answer>yes</answer>", "<think>x</think><answer>Yes</answer>", 1.0),
+    ("accuracy", "The second one", "The second", 0.0),
+    ("accuracy", "", "The second", 0.0),
+    ("accuracy", "yes", None, None),
+    ("format", "<think>a\nb</think>\n<answer>c</answer>", None, 1.0),
+    ("format", "<think></think><answer></answer>", None, 1.0),
+    ("format", "So: <think>a</think><answer>c</answer>", None, 0.0),
+    ("format", "<think>a</think><answer>c</answer> or so", None, 0.0),
+    ("format", "<think>a<think>b</think></think><answer>c</answer>", None, 0.0),
+    ("format", "<answer>c</answer>", None, 0.0),
+    ("numeric", "The ejection fraction is about 45%.", "The ejection fraction is approximately 50%", 0.9),
+    ("numeric", "0.45", "50%", 0.9),
+    ("numeric", "45", "50%", 0.9),
+    ("numeric", "45%", "50", 0.9),
+    ("numeric", "45%", "0.5", 0.9),
+    ("numeric", "200", "50", 0.0),
+    ("numeric", "from 3 to 50", "50", 1.0),
+    ("numeric", "1,250.5 mm", "1250.5", 1.0),
+    ("numeric", "-3", "3", 0.0),
+    ("numeric", "−2.5e1 %", "-25%", 1.0),
+    ("numeric", "0", "0.0", 1.0),
+    ("numeric", "0.1", "0", 0.0),
+    ("numeric", "none", "5", 0.0),
+    ("numeric", "5", "good quality", None),
+    ("choice", "B", "B", 1.0),
+    ("choice", "(b)", "B. The aorta", 1.0),
+    ("choice", "<think>A or B</think><answer>B) aorta</answer>", "(B)", 1.0),
+    ("choice", "The answer is C.", "C", 1.0),
+    ("choice", "I think it must be (D) here", "D", 1.0),
+    ("choice", "A door opens", "A", 0.0),
+    ("choice", "C", "B", 0.0),
+    ("choice", "B", "The aorta", None),
+])  # fmt: skip
+def test_built_in_rewards(name, completion, reference, expected):
+    assert reward_of(name, completion, reference) == (None if expected is None else pytest.approx(expected))
+
+
+def test_math_verify_decides_on_formulas_only(monkeypatch):
+    """Stand-in with its two functions: asked for numbers and formulas, not for sentences in which numbers occur."""
+    asked = []
+    stand_in = types.ModuleType("math_verify")
+    stand_in.parse = lambda text: text
+    stand_in.verify = lambda gold, answer: asked.append((gold, answer)) or {gold, answer} == {"1/2", "0.5"}
+    stand_in.__spec__ = types.SimpleNamespace(name="math_verify")
+    monkeypatch.setitem(sys.modules, "math_verify", stand_in)
+    assert reward_of("accuracy", "<answer>0.5</answer>", "1/2") == 1.0
+    assert reward_of("accuracy", "0.6", "1/2") == 0.0
+    assert reward_of("accuracy", "Views 12 and 17", "Views 4, 9 and 17.") == 0.0
+    assert asked == [("1/2", "0.5"), ("1/2", "0.6")]
+
+
+REWARDS = '''
+def numerical_video_reward(completions, assistant, **kwargs):
+    """The signature and accesses of the seed's function of this name."""
+    contents, solutions = [c[0]["content"] for c in completions], [a["content"] for a in assistant]
+    return [0.5 if a == b else 0.25 for a, b in zip(contents, solutions)]
+
+def columns(prompts, completions, completion_ids, view, **kwargs):
+    assert len(prompts) == len(completions) == len(completion_ids) == len(view) and set(kwargs) >= {"id", "reference"}
+    return [None if v is None else v * len(i) for v, i in zip(view, completion_ids)]
+
+def plain(prompts, completions, **kwargs):
+    return [float(p == "Plain?" and c == "text") if isinstance(p, str) else float(p[0]["content"][0]["video"] == "a.mp4")
+            for p, c in zip(prompts, completions)]
+
+def fails(completions, **kwargs):
+    return [1.0 / ((c if isinstance(c, str) else c[0]["content"]) != "bad") for c in completions]
+
+def short(completions, **kwargs): return [1.0]
+def nan(completions, **kwargs): return [float("nan")] * len(completions)
+def words(completions, **kwargs): return ["good"] * len(completions)
+def nothing(completions, **kwargs): return None
+def tensor(completions, **kwargs):
+    import torch
+    return torch.ones(len(completions))
+def bare(completions): return [1.0]
+async def later(completions, **kwargs): return [1.0]
+'''  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def reward_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rewards") / "my_rewards.py"
+    file.write_text(REWARDS)
+    return file
+
+
+def scored_groups(*texts):
+    """A conversational prompt with a column, and a plain-text one; two completions each."""
+    rows = [
+        {"id": "one", "view": 3, "video": "a.mp4", "conversations": [
+            {"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "It moves."}]},
+        {"id": "two", "prompt": "Plain?", "answer": 5},
+    ]  # fmt: skip
+    rows = [grpo.normalize_record(row, "record") for row in rows]
+    return [{"record": row, "texts": list(own), "ids": [[1, 2], [3]]} for row, own in zip(rows, texts)]
+
+
+def test_own_reward_functions(reward_file):
+    """Columns, references, both kinds of prompts; None is no reward, a tensor is as good as a list."""
+    names = ["numerical_video_reward", "columns", "plain", "tensor"]
+    functions = grpo.load_rewards([f"{reward_file}:{name}" for name in names] + ["accuracy"])
+    assert list(functions) == [*names, "accuracy"]
+    groups = scored_groups(["It moves.", "no"])
+    rewards = grpo.score(functions, groups)
+    assert rewards.tolist() == [[[0.5, 6.0, 1.0, 1.0, 1.0], [0.25, 3.0, 1.0, 1.0, 0.0]]]
+    both = grpo.score({name: functions[name] for name in ("columns", "plain")}, scored_groups("ab", ["text", "x"]))
+    assert both[1, :, 0].isnan().all() and both[1, :, 1].tolist() == [1.0, 0.0]
+    args = types.SimpleNamespace(reward_weights=[1.0, 0.5])
+    groups = scored_groups("ab", ["text", "x"])
+    grpo.reward_groups({name: functions[name] for name in ("columns", "plain")}, groups, args)
+    assert [group["reward"].tolist() for group in groups] == [[6.5, 3.5], [0.5, 0.0]]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("fails", r"reward function fails failed on record two: ZeroDivisionError: .* \(my_rewards\.py, line 16\)"),
+    ("short", r"reward function short gave 1 rewards for 4 completions of record one, two: expected"),
+    ("nan", r"reward function nan gave nan for record one, its completion 'good': expected a finite number"),
+    ("words", r"reward function words gave 'good' for record one"),
+    ("nothing", r"reward function nothing gave None for 4 completions"),
+    ("numerical_video_reward", r"failed on record two: TypeError"),
+])  # fmt: skip
+def test_reward_errors_name_function_and_record(reward_file, name, message):
+    functions = grpo.load_rewards([f"{reward_file}:{name}"])
+    with pytest.raises(mv.InputError, match=message):
+        grpo.score(functions, scored_groups(["good", "good"], ["good", "bad"]))
+
+
+@pytest.mark.parametrize("names, message", [
+    (["acuracy"], "expected one of accuracy, format, numeric, choice, or file.py:function"),
+    (["FILE:bare"], r"bare must take \*\*kwargs"),
+    (["FILE:later"], "has no plain function 'later'"),
+    (["FILE:missing"], "has no plain function 'missing'"),
+    (["nowhere.py:f"], "no such file: nowhere.py"),
+    (["BROKEN:f"], r"cannot be imported: ModuleNotFoundError: No module named 'does_not_exist' \(broken\.py, line 1\)"),
+    (["accuracy", "accuracy"], "two functions of the name accuracy"),
+])  # fmt: skip
+def test_reward_names(reward_file, names, message):
+    broken = reward_file.with_name("broken.py")
+    broken.write_text("import does_not_exist\n")
+    names = [name.replace("FILE", str(reward_file)).replace("BROKEN", str(broken)) for name in names]
+    with pytest.raises(mv.InputError, match=message):
+        grpo.load_rewards(names)
+    assert any(names[0] in problem for problem in grpo.GRPOArguments(reward_funcs=names).check(set()))
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"num_generations": 1}, "--num_generations 1"), ({"temperature": 0.0}, "--temperature 0.0"),
+    ({"top_p": 0.0}, "--top_p 0.0"), ({"top_p": 1.1}, "--top_p 1.1"), ({"min_p": 2.0}, "--min_p 2.0"),
+    ({"top_k": -1}, "--top_k -1"), ({"beta": -0.1}, "--beta -0.1"), ({"epsilon": 1.5}, "--epsilon 1.5"),
+    ({"max_completion_length": 40000}, "leaves no room for a prompt"), ({"num_iterations": 0}, "--num_iterations 0"),
+    ({"max_prompt_length": 32768}, "are more than --max_seq_length 32768"), ({"rollout_cache_gb": 0.0}, "--rollout_cache_gb"),
+    ({"reward_weights": [1.0]}, "--reward_weights has 1 numbers for 2 --reward_funcs"),
+])  # fmt: skip
+def test_wrong_flags(flags, message):
+    (problem,) = grpo.GRPOArguments(**flags).check(set())
+    assert message in problem
+
+
+# ---------------------------------------------------------------------------------------------------------- records
+
+
+def turn(role, *parts):
+    return {"role": role, "content": [mv._part("text", text=p) if isinstance(p, str) else p for p in parts]}
+
+
+def test_records():
+    """The seed's records with and without tags, several turns, prompts as texts and as turns, and their columns."""
+    a, b = (mv._part("video", files=[name]) for name in ("a.mp4", "b.mp4"))
+    talk = [{"from": "human", "value": "<video>\n<video>\nWhat?"}, {"from": "gpt", "value": "This."},
+            {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]  # fmt: skip
+    seed = grpo.normalize_record({"id": 4, "video": ["a.mp4", "b.mp4"], "conversations": talk, "view": "left"}, "r")
+    assert seed["messages"] == [turn("user", a, b, "What?")] and seed["completions"] == []
+    assert (seed["id"], seed["reference"], seed["left_out"], seed["prompt"]) == ("4", "This.", 2, None)
+    assert json.loads(seed["columns"]) == {
+        "id": 4, "view": "left", "assistant": {"role": "assistant", "content": "This."}
+    }  # fmt: skip
+    untagged = [{"from": "human", "value": "What?"}, talk[1]]
+    assert grpo.normalize_record({"id": 4, "video": ["a.mp4", "b.mp4"], "conversations": untagged}, "r")[
+        "messages"] == seed["messages"]  # fmt: skip
+    text = grpo.normalize_record({"prompt": "<video>\nWhat?", "videos": ["a.mp4"], "solution": 0.5, "extra": [1]}, "r")
+    assert text["messages"] == [turn("user", a, "What?")] and text["prompt"] == "<video>\nWhat?"
+    assert text["reference"] == "0.5" and json.loads(text["columns"]) == {"solution": 0.5, "extra": [1]}
+    turns = [{"role": "system", "content": "Brief."}, {"role": "user", "content": [
+        {"type": "video", "video": "a.mp4"}, {"type": "text", "text": "Hm?"}]},
+        {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "What?"}]  # fmt: skip
+    row = grpo.normalize_record({"prompt": turns}, "r")
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "user"]
+    assert (row["prompt"], row["reference"]) == (None, None)
+
+
+@pytest.mark.parametrize("record, message", [
+    ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "'prompt' and 'messages' are both there"),
+    ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "must end with a user turn"),
+    ({"prompt": "a", "answer": ["b"]}, "reference answer must be a text or a number"),
+    ({"prompt": "a", "answer": "  "}, "reference answer is empty"),
+    ({"prompt": "a", "when": {1, 2}}, "a column is neither text, number, list nor object"),
+    ({"prompt": "<video> a"}, "1 <video> tags for 0 videos"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "<video>"}],
+      "video": "a.mp4"}, "in a turn after the first answer, which is not read"),
+    ({"conversations": [{"from": "gpt", "value": "b"}]}, "first turn after any system turn must be the user's"),
+    ("text", "a record must be an object"),
+])  # fmt: skip
+def test_wrong_records(record, message):
+    with pytest.raises(ValueError, match=message):
+        grpo.normalize_record(record, "record 3")
+
+
+def test_examples(tmp_path):
+    """Every record of the example file is read, with its reference."""
+    rows = mv.load_records(str(ROOT / "examples" / "grpo.jsonl"), grpo.normalize_record, grpo.RECORD)
+    assert len(rows) >= 3 and all(row["reference"] for row in rows)
+    assert {row["prompt"] is None for row in rows} == {True, False}
+
+
+def test_missing_references_are_an_error(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a", "answer": "b"}, {"id": "q", "prompt": "c"}]))
+    rows = mv.load_records(str(tmp_path / "a.json"), grpo.normalize_record, grpo.RECORD)
+    grpo.check_references("--data_path", rows, ["format", "mine.py:f"])
+    with pytest.raises(mv.InputError, match="--data_path: 1 records have no reference answer, first q, but"):
+        grpo.check_references("--data_path", rows, ["format", "choice"])
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def train(monkeypatch, *flags):
+    """train_grpo.main() in this process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    monkeypatch.setattr(sys, "argv", ["train_grpo.py", *map(str, flags), "--dataloader_num_workers", "0"])
+    handlers = {number: signal.getsignal(number) for number in mv.STOP_SIGNALS}
+    try:
+        grpo.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+LENGTH_REWARD = """
+def few_spaces(completions, **kwargs):
+    return [1 - c[0]["content"].count(" ") / 10 for c in completions]
+
+def same(completions, **kwargs):
+    return [0.5] * len(completions)
+"""
+TIMES = {"step_seconds", "data_wait_seconds", "rollout_seconds", "reward_seconds", "rollout_tokens_per_second",
+         "update_tokens_per_second", "max_memory_gb"}  # fmt: skip
+
+
+def steady(folder):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in metrics(folder, volatile=True)]
+
+
+@pytest.fixture(scope="module")
+def flags(demo, tmp_path_factory):  # noqa: F811
+    """Six steps of 2 rows of 1 prompt of 6 videos, 4 completions each, two steps on each batch of completions."""
+    folder = tmp_path_factory.mktemp("grpo")
+    (folder / "lengths.py").write_text(LENGTH_REWARD)
+    for split in ("train", "eval"):
+        records = json.loads((demo / f"sft_{split}.json").read_text())[:8]
+        for record in records:
+            record["video"] = record["video"][:6]
+            record["conversations"][0]["value"] = "Which colour?"
+        (folder / f"{split}.json").write_text(json.dumps(records))
+    return [
+        "--model_id", demo / "model", "--data_path", folder / "train.json", "--image_folder", demo / "videos",
+        "--video_resized_width", 64, "--video_resized_height", 64, "--nframes", 4, "--max_steps", 6,
+        "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--num_generations", 4,
+        "--num_iterations", 2, "--max_completion_length", 6, "--top_k", 0, "--learning_rate", 1e-3, "--optim", "sgd",
+        "--reward_funcs", folder / "lengths.py:few_spaces", "accuracy", "--logging_steps", 2,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(flags, tmp_path_factory):
+    """A run without a break, evaluated and saved on the way."""
+    folder = tmp_path_factory.mktemp("straight")
+    data = Path(flags[3]).with_name("eval.json")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        train(monkeypatch, *flags, "--eval_path", data, "--eval_strategy", "steps", "--eval_steps", 4, "--save_steps", 2,
+              "--output_dir", folder)  # fmt: skip
+    return folder
+
+
+def test_metrics(straight):
+    rows = metrics(straight, volatile=True)
+    steps, evals = [row for row in rows if "loss" in row], [row for row in rows if "eval_reward" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6] and [row["step"] for row in evals] == [4, 6]
+    for first, second in zip(steps[::2], steps[1::2]):
+        assert first["kl"] == pytest.approx(0.0, abs=1e-7) or first["step"] > 1
+        assert first["clip_ratio"] == 0 and second["rollout_seconds"] == 0 < first["rollout_seconds"]
+        assert first["records_crc32"] == second["records_crc32"] and first["reward"] == second["reward"]
+        assert first["sampling_logp_difference"] < 1e-5
+    assert all(row["samples"] == 2 and row["videos"] == 12 and row["completions"] == 8 for row in steps)
+    assert steps[1]["kl"] > 0 and all(row["rewards/accuracy"] == 0 < row["rewards/few_spaces"] for row in steps)
+    assert {"reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio"} <= set(
+        steps[0]
+    )
+    assert evals[0]["eval_samples"] == 8 and {"eval_accuracy", "eval_rewards/few_spaces"} <= set(evals[0])
+    shown = [json.loads(line) for line in (straight / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in shown] == [1, 3, 5]
+    assert shown[0]["prompt"] == "<video>×6 Which colour?" and shown[0]["reference"].startswith("The one coloured")
+    one = shown[0]["completions"][0]
+    assert len(shown[0]["completions"]) == 4 and one["few_spaces"] == pytest.approx(1 - one["text"].count(" ") / 10)
+    assert [path.name for path in mv.list_checkpoints(straight)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_resume_is_bit_equal(straight, flags, tmp_path, monkeypatch):
+    """From a checkpoint: the same completions, rewards, losses and weights as without the break, bit for bit."""
+    shutil.copytree(straight / "checkpoint-2", tmp_path / "checkpoint-2")
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        shutil.copy(straight / name, tmp_path)
+    data = Path(flags[3]).with_name("eval.json")
+    train(monkeypatch, *flags, "--eval_path", data, "--eval_strategy", "steps", "--eval_steps", 4, "--save_strategy", "no",
+          "--resume_from_checkpoint", "auto", "--output_dir", tmp_path)  # fmt: skip
+    assert steady(tmp_path) == steady(straight)
+    assert (tmp_path / "completions.jsonl").read_text() == (straight / "completions.jsonl").read_text()
+    expected = load_file(straight / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("moment", ["rollout", "update", "eval"])
+def test_stopped_by_a_signal(straight, flags, tmp_path, monkeypatch, moment):
+    """SIGTERM amid sampling, amid the first of two updates, amid an evaluation: exit 143, then the run of no break."""
+    counts, sample, step = {"tokens": 0, "steps": 0}, grpo.sample_tokens, mv.Engine.step
+    decode = grpo._decode
+
+    def sample_tokens(scores, draws):
+        counts["tokens"] += 1
+        if moment == "rollout" and counts["tokens"] == 6 + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert moment != "rollout" or counts["tokens"] <= 9, "the rollout went on"
+        return sample(scores, draws)
+
+    def stepped(engine):
+        counts["steps"] += 1
+        if moment == "update" and counts["steps"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(engine)
+
+    def decoded(model, prompts, encoder, args, draws, *rest):
+        if moment == "eval" and draws is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(model, prompts, encoder, args, draws, *rest)
+
+    data = Path(flags[3]).with_name("eval.json")
+    flags = [*flags, "--eval_path", data, "--eval_strategy", "steps", "--eval_steps", 4, "--save_steps", 4,
+             "--output_dir", tmp_path]  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(grpo, "sample_tokens", sample_tokens)
+        patched.setattr(mv.Engine, "step", stepped)
+        patched.setattr(grpo, "_decode", decoded)
+        with pytest.raises(SystemExit) as stopped:
+            train(patched, *flags)
+    assert stopped.value.code == 143
+    at = {"rollout": 2, "update": 4, "eval": 4}[moment]
+    assert [path.name for path in mv.list_checkpoints(tmp_path)][-1] == f"checkpoint-{at}"
+    train(monkeypatch, *flags, "--resume_from_checkpoint", "auto")
+    assert steady(tmp_path) == steady(straight)
+    assert (tmp_path / "completions.jsonl").read_text() == (straight / "completions.jsonl").read_text()
+
+
+def test_equal_rewards_teach_nothing(flags, demo, tmp_path, monkeypatch):  # noqa: F811
+    """Without KL: no group is packed, loss and gradient are 0, no weight moves; the rows run the dummy."""
+    file = Path(str(flags[flags.index("--reward_funcs") + 1]).split(":")[0])
+    train(
+        monkeypatch, *flags, "--max_steps", 2, "--reward_funcs", f"{file}:same", "--beta", 0, "--output_dir", tmp_path
+    )
+    for row in metrics(tmp_path):
+        assert (row["loss"], row["grad_norm"], row["update_tokens"], row["frac_reward_zero_std"]) == (0, 0, 0, 1)
+        assert row["supervised_tokens"] > 0 and row["kl"] == 0
+    before, after = load_file(demo / "model" / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_adapters(flags, tmp_path, monkeypatch):
+    """LoRA with KL: the reference is what the adapter stands beside, no second model; dropout is off in rollouts."""
+    loads = []
+    load = mv.load_model
+    monkeypatch.setattr(mv, "load_model", lambda *args, **kwargs: loads.append(1) or load(*args, **kwargs))
+    train(monkeypatch, *flags, "--lora_enable", "True", "--freeze_llm", "True", "--beta", 0.1, "--lora_dropout", 0.5,
+          "--learning_rate", 0.05, "--lora_namespan_exclude", "['lm_head', 'embed_tokens']", "--max_steps", 4,
+          "--bf16", "True", "--gradient_checkpointing", "True", "--output_dir", tmp_path)  # fmt: skip
+    rows = metrics(tmp_path)
+    assert len(loads) == 1 and (tmp_path / "adapter_model.safetensors").is_file()
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["kl"] > 1e-4
+
+
+def test_two_processes_under_zero3_equal_one(straight, flags, tmp_path):
+    """Weights and reference split over two processes, gathered for the rollouts: completions, losses and rewards."""
+    from test_train import launch
+
+    data = Path(flags[3]).with_name("eval.json")
+    one_row = [1 if flags[i - 1] == "--gradient_accumulation_steps" else flag for i, flag in enumerate(flags)]
+    launch(
+        Path(sys.executable).parent / "accelerate", "launch", "--config_file", ROOT / "accelerate_configs" / "zero3.yaml",
+        "--num_processes", 2, "train_grpo.py", *one_row, "--eval_path", data, "--eval_strategy", "steps", "--eval_steps", 4,
+        "--save_strategy", "no", "--dataloader_num_workers", 0, "--output_dir", tmp_path,
+    )  # fmt: skip
+    for ours, expected in itertools.zip_longest(steady(tmp_path), steady(straight)):
+        assert ours.keys() == expected.keys()
+        for key, value in expected.items():
+            assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (expected["step"], key)
+    ours, expected = ((f / "completions.jsonl").read_text() for f in (tmp_path, straight))
+    shown = (
+        [json.loads(ours.splitlines()[k]) for k in range(3)],
+        [json.loads(expected.splitlines()[k]) for k in range(3)],
+    )
+    assert [[c["text"] for c in row["completions"]] for row in shown[0]] == [
+        [c["text"] for c in row["completions"]] for row in shown[1]
+    ]
