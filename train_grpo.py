@@ -33,7 +33,7 @@ import sys
 import time
 import traceback
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -678,11 +678,21 @@ def is_learned(tokens: list[int], stops: list[int], args) -> bool:
     return not args.mask_truncated_completions or tokens[-1] in stops
 
 
+def load_reference(args, device):
+    """The model at the start, in the types of the trained one: the same numbers."""
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):  # adapters begin at random
+        return mv.load_model(replace(args, gradient_checkpointing=False), device)
+
+
+@torch.no_grad()
 def reference_logps(reference, inputs: dict, targets: torch.Tensor, args) -> torch.Tensor:
-    """Log-probabilities [S] of a packed row under the model at the start: the one beside the adapters, or its own."""
-    start = reference.raw_model.disable_adapter() if args.lora_enable else contextlib.nullcontext()
-    with torch.no_grad(), start, reference.autocast():
-        return mv.token_logps(reference.model(**inputs).logits, targets, args.temperature)
+    """Log-probabilities [S] of a packed row under a frozen engine, or the trained one's, its adapter put aside."""
+    model, training = reference.raw_model, reference.raw_model.training
+    model.eval()  # no dropout, no checkpointing
+    with contextlib.nullcontext() if reference.frozen else model.disable_adapter(), reference.autocast():
+        logps = mv.token_logps(reference.model(**inputs).logits, targets, args.temperature)
+    model.train(training)
+    return logps
 
 
 def check_references(flag: str, records, names: list[str]):
@@ -805,21 +815,26 @@ def main():
     if args.max_steps < 0:
         total_steps *= args.num_iterations
 
+    # ---- reference for the KL divergence: the trained model without its new adapter, or a frozen model
+    reference, adapter_is_new = None, args.lora_enable and not args.lora_weight_path
+    if args.beta and not adapter_is_new:
+        reference = mv.Engine(accelerator, load_reference(args, accelerator.device), args, frozen=True)
+
     # ---- model and optimizer
     resumed = mv.find_checkpoint(args)
     engine = mv.Engine(accelerator, mv.load_model(args, accelerator.device, resumed), args)
     model, raw_model = engine.model, engine.raw_model
-    reference = None  # the model at the start: of adapters it is what they stand beside
-    if args.beta:
-        reference = engine if args.lora_enable else mv.Engine(
-            accelerator, mv.load_model(args, accelerator.device), args, frozen=True)  # fmt: skip
+    if args.beta and reference is None:
+        reference = engine
 
     # ---- resume: `state` is everything that is not a tensor
     state = {
-        "step": 0, "samples_seen": 0, "bad_steps": 0, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
-        "eval_due": False, "save_due": False, "run": mv.run_identity(args, encoder, records, samples_per_step),
+        "step": 0, "samples_seen": 0, "bad_steps": 0, "bad_videos": 0, "all_videos": 0, "eval_due": False,
+        "save_due": False, "best": None, "best_checkpoint": None, "evals_without_gain": 0,
+        "run": mv.run_identity(args, encoder, records, samples_per_step),
     }  # fmt: skip
     state["run"] |= {"generations": args.num_generations, "iterations": args.num_iterations}
+    state["run"]["reference"] = args.lora_weight_path or args.model_id if args.beta else None
     if resumed:
         state = mv.restore_checkpoint(resumed, engine, state)
     if is_main:
@@ -831,7 +846,7 @@ def main():
         names = {"wandb": {"name": args.run_name}} if args.run_name else {}
         accelerator.init_trackers(output_dir.name, config, names)
     if is_main:
-        mv.describe_run(args, raw_model, encoder, records, total_steps, world_size)
+        mv.describe_run(args, raw_model, stream, records, total_steps, world_size)
         describe_rewards(args, functions, samples_per_step, records)
 
     # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
@@ -897,6 +912,7 @@ def main():
                 "shrunk_samples": sum(sample["shrunk"] for sample in kept),
                 "videos": sum(sample["num_videos"] for sample in kept),
                 "images": sum(sample["num_images"] for sample in kept),
+                "bad_videos": sum(len(sample["bad"]) for sample in encoded),
                 "tokens": sum(sample["num_tokens"] for sample in kept) + sum(map(len, completions)),
                 "supervised_tokens": sum(len(ids) for ids in completions if is_learned(ids, stops, args)),
                 "completions": len(completions),
@@ -906,8 +922,10 @@ def main():
         else:
             data_wait = rollout_seconds = reward_seconds = 0.0
         counts, stop = mv.exchange(accelerator, state, window, local_counts, caught)
-        if stop and iteration == 0:  # rollouts are not saved: what began with them is brought to its end
+        if stop := stop and iteration == 0:  # rollouts are not saved: what began with them is brought to its end
             break
+        if iteration == 0:
+            mv.check_bad_ratio(accelerator, args, state, counts)
 
         # ---- forward, backward, step
         factor = mv.lr_factor(state["step"], total_steps, args)
