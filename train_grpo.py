@@ -47,9 +47,6 @@ from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -102,8 +99,8 @@ class GRPOArguments(mv.TrainingArguments):
     )
     loss_type: str = mv.arg(
         "dapo",
-        "What the sum over tokens is divided by: all tokens (dapo, bnpo), each completion's own and then the number of "
-        "completions (grpo), or completions × --max_completion_length (dr_grpo).",
+        "What the sum over tokens is divided by: all tokens (dapo, bnpo), each completion's own and then the number "
+        "of completions (grpo), or completions × --max_completion_length (dr_grpo).",
         choices=["grpo", "bnpo", "dr_grpo", "dapo"],
     )
     scale_rewards: str = mv.arg(
@@ -139,7 +136,8 @@ class GRPOArguments(mv.TrainingArguments):
                  f"--max_seq_length {self.max_seq_length}: raise the second")  # fmt: skip
         complain(room > 0 and (self.max_prompt_length or 0) > room,
                  f"--max_prompt_length {self.max_prompt_length} and --max_completion_length "
-                 f"{self.max_completion_length} are more than --max_seq_length {self.max_seq_length}: raise the last")  # fmt: skip
+                 f"{self.max_completion_length} are more than --max_seq_length {self.max_seq_length}: "
+                 "raise the last")  # fmt: skip
         self.max_prompt_length = self.max_prompt_length or room
         self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         try:
@@ -487,15 +485,11 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
     seen = seen[:, None].expand(-1, G, -1)  # [P, G, longest + t]: for the repetition penalty
     draws = None if draws is None else draws.to(device)
 
-    silent = [*encoder.vision_ids, *range(len(encoder.tokenizer), logits.shape[-1])]
-    processors = LogitsProcessorList([SuppressTokensLogitsProcessor(silent, device=device)])
-    if args.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(args.repetition_penalty))
-    if draws is not None:
-        processors.append(TemperatureLogitsWarper(args.temperature))
-        processors += [TopKLogitsWarper(args.top_k)] if args.top_k else []
-        processors += [TopPLogitsWarper(args.top_p)] if args.top_p < 1 else []
-        processors += [MinPLogitsWarper(args.min_p)] if args.min_p else []
+    silent = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)  # vision tokens, and ids of no token
+    silent[encoder.vision_ids], silent[len(encoder.tokenizer) :] = True, True
+    penalty = RepetitionPenaltyLogitsProcessor(args.repetition_penalty) if args.repetition_penalty != 1 else None
+    warpers = LogitsProcessorList([TopPLogitsWarper(args.top_p)] if args.top_p < 1 else [])
+    warpers += [MinPLogitsWarper(args.min_p)] if args.min_p else []
     stops = torch.tensor(end_tokens(model, encoder), device=device)
 
     tokens = torch.full((P, G, args.max_completion_length), -1, device=device)
@@ -503,9 +497,17 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
     rows, ended = torch.arange(P, device=device), torch.zeros(P, G, dtype=torch.bool, device=device)
     for t in range(args.max_completion_length):
         raw = logits.flatten(0, 1).float()  # [rows·G, V]
-        scores = processors(seen.flatten(0, 1), raw)
-        token = scores.argmax(-1) if draws is None else sample_tokens(scores, draws[rows, :, t].flatten())
-        logp = (raw / args.temperature).log_softmax(-1).gather(1, token[:, None])
+        scores = (penalty(seen.flatten(0, 1), raw) if penalty else raw).masked_fill(silent, -math.inf)
+        if draws is None:
+            token = scores.argmax(-1)
+        else:
+            scores /= args.temperature
+            if args.top_k:
+                scores, candidates = scores.topk(min(args.top_k, scores.shape[1]))
+            token = sample_tokens(warpers(None, scores), draws[rows, :, t].flatten())
+            token = candidates.gather(1, token[:, None])[:, 0] if args.top_k else token
+        raw = raw / args.temperature
+        logp = raw.gather(1, token[:, None])[:, 0] - raw.logsumexp(-1)
         token, running = token.view(-1, G), ~ended[rows]
         tokens[rows, :, t] = torch.where(running, token, -1)
         logps[rows, :, t] = logp.view(-1, G)
@@ -598,10 +600,10 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, sequences, weights, args)
 
 
 def make_groups(engine, samples, indices, records, encoder, args, step, caught) -> list[dict]:
-    """Complete encoded prompts and their records, under engine.gathered(): one group each, none once a signal is caught.
+    """Complete encoded prompts, under engine.gathered(): one group each, none at all once a signal is caught.
 
-    In optimizer step `step` G completions are sampled, with random numbers that depend on nothing but the seed, the step
-    and the record; in an evaluation (None) one is made greedily. Samples that were skipped have no group.
+    In optimizer step `step` G completions are sampled, with random numbers that depend on nothing but the seed, the
+    step and the record; in an evaluation (None) one is made greedily. Samples that were skipped have no group.
     A group has `record`, `sample`, `ids` and `logps` (see generate), `texts`.
     """
     kept = [(sample, i) for sample, i in zip(samples, indices) if "input_ids" in sample]
@@ -610,13 +612,13 @@ def make_groups(engine, samples, indices, records, encoder, args, step, caught) 
         draws = [np.random.default_rng([args.seed, step, i]).random(shape) for _, i in kept]
     ids, logps = generate(engine, [sample for sample, _ in kept], encoder, args, draws, caught)
     decode = partial(encoder.tokenizer.decode, skip_special_tokens=True)
-    groups = [{"record": records[i], "sample": sample, "ids": ids[p], "logps": logps[p], "texts": list(map(decode, ids[p]))}
-              for p, (sample, i) in enumerate(kept)]  # fmt: skip
+    groups = [{"record": records[i], "sample": sample, "ids": ids[p], "logps": logps[p],
+               "texts": list(map(decode, ids[p]))} for p, (sample, i) in enumerate(kept)]  # fmt: skip
     return [] if caught else groups
 
 
 def reward_groups(functions: dict, groups: list[dict], args):
-    """Give every group its `rewards` (float64 [G, F]) and their weighted sum `reward` [G] (NaN: none is applicable)."""
+    """Give every group its `rewards` (float64 [G, F]) and their weighted sum `reward` ([G]; NaN: none applies)."""
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)
     for group, rewards in zip(groups, score(functions, groups)):
         total = (rewards * weights).nansum(-1)
@@ -631,8 +633,9 @@ def group_sums(groups: list[dict], stops: list[int], args) -> torch.Tensor:
     stds = torch.cat([nothing, *(group_std(group["reward"][None]) for group in groups)]).nan_to_num(0.0)
     each = torch.cat([nothing.view(0, len(args.reward_weights)), *(group["rewards"] for group in groups)])
     ids = [tokens for group in groups for tokens in group["ids"]]
-    own = [len(groups), stds.sum(), (stds < 1e-8).sum(), len(ids), sum(map(len, ids)),
-           sum(tokens[-1] not in stops for tokens in ids), len(scored), scored.sum(), scored.square().sum()]  # fmt: skip
+    cut = sum(tokens[-1] not in stops for tokens in ids)
+    own = [len(groups), stds.sum(), (stds < 1e-8).sum(), len(ids), sum(map(len, ids)), cut, len(scored),
+           scored.sum(), scored.square().sum()]  # fmt: skip
     return torch.tensor([*map(float, own), *each.nansum(0).tolist(), *(~each.isnan()).sum(0).tolist()],
                         dtype=torch.float64)  # fmt: skip
 
@@ -748,7 +751,7 @@ def _number(value):
 
 @torch.no_grad()
 def evaluate(engine, stream, records, encoder, functions, args, caught) -> dict | None:
-    """Greedy answers to all of `records`: the means of `eval_reward`, `eval_accuracy` (of references), and every reward.
+    """Greedy answers to all of `records`: the means of `eval_reward`, every reward, and `eval_accuracy`.
 
     None if a process was asked to stop meanwhile.
     """
