@@ -11,11 +11,13 @@ import sys
 import types
 from collections import defaultdict
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import upstream_commands
 from reference import hf_inputs
 from safetensors.torch import load_file
 from test_packing import clips, close_gradients  # noqa: F401
@@ -677,6 +679,26 @@ def test_reward_names(reward_file, names, message):
 def test_wrong_flags(flags, message):
     (problem,) = grpo.GRPOArguments(**flags).check(set())
     assert message in problem
+
+
+def test_upstream_command(tmp_path, monkeypatch, capsys):
+    """Every flag of upstream's script and arguments is kept, or answered by what replaces it."""
+    names = {option.name for option in fields(grpo.GRPOArguments)}
+    for flag in upstream_commands.ACCEPTED_FIELDS["grpo"]:
+        assert (flag in names) != (flag in mv.REPLACED_FLAGS), flag
+    (tmp_path / "data.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    command = upstream_commands.GRPO_COMMANDS["finetune_grpo.sh"]
+    pairs = {**dict(zip(command[::2], command[1::2])), "--data_path": "data.json", "--image_folder": "."}
+    kept = [word for flag, value in pairs.items() if flag[2:] in names for word in (flag, value)]
+    args = mv.parse_arguments(grpo.GRPOArguments, kept)
+    assert (args.num_generations, args.max_prompt_length, args.max_completion_length) == (2, 512, 256)
+    defaults = {"beta": 0.04, "temperature": 0.9, "top_k": 50, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
+    assert {name: getattr(args, name) for name in defaults} == defaults and args.reward_weights == [1.0, 1.0]
+    with pytest.raises(SystemExit):
+        mv.parse_arguments(grpo.GRPOArguments, [*kept, "--epsilon", "-1", "--deepspeed", "x", "--top_p", "2"])
+    told = capsys.readouterr().err
+    assert "3 problems" in told and "--epsilon -1.0: must be above 0" in told and "--top_p 2.0" in told
 
 
 # ---------------------------------------------------------------------------------------------------------- records

@@ -11,10 +11,11 @@ from test_train import ROOT
 import multivideo as mv
 import train_cls
 import train_dpo
+import train_grpo
 import train_sft
 
 SCRIPTS = {"train_sft.py": train_sft.SFTArguments, "train_dpo.py": train_dpo.DPOArguments,
-           "train_cls.py": train_cls.ClassificationArguments}  # fmt: skip
+           "train_cls.py": train_cls.ClassificationArguments, "train_grpo.py": train_grpo.GRPOArguments}  # fmt: skip
 README = (ROOT / "README.md").read_text()
 COMMANDS = [command.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", README, re.S)
             for command in re.findall(r"accelerate launch(?:[^\n]*\\\n)*[^\n]*", block)]  # fmt: skip
@@ -52,9 +53,9 @@ def test_files_exist():
 
 
 def test_metrics_are_explained():
+    source = "".join(Path(ROOT / script).read_text() for script in SCRIPTS)
+    counted = "".join(re.findall(r"(?:counts|row) = \{\n(.*?)\n +\}", source, re.S))
     table = README.split("## What the metrics mean")[1].split("## ")[0]
-    for script in SCRIPTS:
-        source = Path(ROOT / script).read_text()
-        counted = re.search(r"counts = \{(.*?)\}", source, re.S)[1] + re.search(r"row = \{(.*?)\}", source, re.S)[1]
-        for name in [*re.findall(r'"(\w+)":', counted), *train_dpo.METRICS]:
-            assert f"`{name}`" in table, name
+    names = ["reward", "rewards/NAME", "completions/mean_length", "eval_reward", *train_dpo.METRICS]
+    for name in [*names, *re.findall(r'"([\w/]+)":', counted)]:
+        assert f"`{name}`" in table, name

@@ -2,10 +2,12 @@
 
     python tools/show_demo.py demo
     python tools/show_demo.py demo --pairs
+    python tools/show_demo.py demo --before half --after grpo
 
 The first loads demo/model and demo/out with `from_pretrained`, answers every record of demo/sft_eval.json greedily,
 prints both accuracies and some answers, and draws demo/loss.png from demo/out/metrics.jsonl. The second says how often
-demo/model and demo/out_dpo find the right answer of a pair of demo/dpo_eval.json likelier than the wrong one.
+demo/model and demo/out_dpo find the right answer of a pair of demo/dpo_eval.json likelier than the wrong one. The
+third does as the first for demo/half and demo/grpo, and draws demo/reward.png.
 """
 
 import argparse
@@ -88,19 +90,22 @@ def text(message: dict) -> str:
     return "".join(part["text"] or "" for part in message["content"])
 
 
-def draw_loss(metrics_path: Path, picture: Path):
-    """Training and evaluation loss over the optimizer steps, from metrics.jsonl to a PNG."""
+def draw_curve(metrics_path: Path, folder: Path) -> Path:
+    """Training and evaluation loss, or reward, over the optimizer steps: from metrics.jsonl to a PNG in `folder`."""
     rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
-    train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    name = "reward" if "reward" in rows[0] else "loss"
+    train = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    held_out = [(row["step"], row[f"eval_{name}"]) for row in rows if f"eval_{name}" in row]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*zip(*train), linewidth=0.8, label="training")
     if held_out:
         axes.plot(*zip(*held_out), "o-", label="held out")
-    axes.set(xlabel="optimizer step", ylabel="loss per supervised token (nats)", yscale="log")
+    label, scale = ("loss per supervised token (nats)", "log") if name == "loss" else ("mean reward", "linear")
+    axes.set(xlabel="optimizer step", ylabel=label, yscale=scale)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    figure.savefig(folder / f"{name}.png", dpi=120)
+    return folder / f"{name}.png"
 
 
 def show_pairs(demo: Path):
@@ -134,28 +139,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", help="folder that make_demo.py wrote and a trainer trained in (demo/out)")
     parser.add_argument("--pairs", action="store_true", help="show what train_dpo.py did (demo/out_dpo)")
+    parser.add_argument("--before", default="model", help="its folder with the untrained model (default: model)")
+    parser.add_argument("--after", default="out", help="its folder with the trained one (default: out)")
     options = parser.parse_args()
-    demo = Path(options.demo)
+    demo, out = Path(options.demo), Path(options.demo) / options.after
     if options.pairs:
         show_pairs(demo)
         return
-    args, folder = settings_of(demo / "out")
+    args, folder = settings_of(out)
     rows = list(mv.load_records(str(demo / "sft_eval.json")))
     truth = [text(row["messages"][-1]) for row in rows]
     score = {}
-    for name in ("model", "out"):
+    for name in (options.before, options.after):
         answers = answer(str(demo / name), rows, folder, args)
         score[name] = sum(a == t for a, t in zip(answers, truth)) / len(rows)
     print(f"\n{len(rows)} held-out records, 30 videos each. Question: {text(rows[0]['messages'][0])}")
     for row, said, right in list(zip(rows, answers, truth))[:4]:
         print(f"  {row['id']:>10}  model: {said!r:40} truth: {right!r}")
-    draw_loss(demo / "out" / "metrics.jsonl", demo / "loss.png")
+    before, after, picture = score[options.before], score[options.after], draw_curve(out / "metrics.jsonl", demo)
     print(f"""
-right before training: {score["model"]:.0%}    right after training: {score["out"]:.0%}    (guessing: 17 %)
+right before training: {before:.0%}    right after training: {after:.0%}    (guessing: 17 %)
 
-  {demo}/out           the trained model: AutoModelForImageTextToText.from_pretrained("{demo}/out")
-  {demo}/out/metrics.jsonl   one line per optimizer step
-  {demo}/loss.png      its curve
+  {out}           the trained model: AutoModelForImageTextToText.from_pretrained("{out}")
+  {out}/metrics.jsonl   one line per optimizer step
+  {picture}      its curve
 
 Next, your own data: write records like {demo}/sft_train.json and run
   accelerate launch --config_file accelerate_configs/one_gpu.yaml train_sft.py \\
