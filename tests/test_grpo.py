@@ -951,3 +951,34 @@ def test_two_processes_under_zero3_equal_one(straight, flags, tmp_path):
     shown = [(folder / "completions.jsonl").read_text().splitlines() for folder in (tmp_path, straight)]
     texts = [[[one["text"] for one in json.loads(line)["completions"]] for line in lines] for lines in shown]
     assert len(texts[0]) == 3 and texts[0] == texts[1]
+
+
+def test_fsdp2_rollouts(flags, demo, tmp_path):  # noqa: F811
+    """Weights split by torch's fully_shard over two processes: rollouts before and after an update, and the update."""
+    from test_train import launch
+
+    data = flags[flags.index("--data_path") + 1]
+    launch(Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "--master_port", 29641,
+           "tests/fsdp2_rollout.py", demo / "model", data, demo / "videos", tmp_path)  # fmt: skip
+    told = json.loads((tmp_path / "rollout.json").read_text())
+    args = grpo.GRPOArguments(
+        model_id=str(demo / "model"), nframes=4, video_resized_width=56, video_resized_height=56, num_generations=3,
+        max_completion_length=5, top_k=0, learning_rate=1e-3, output_dir=str(tmp_path),
+    )  # fmt: skip
+    args.check(set())
+    encoder, model = mv.Encoder(args.model_id, args), mv.load_model(args, "cpu").train()
+    records = mv.load_records(str(data), grpo.normalize_record, grpo.RECORD)
+    samples = [encoder(records[i], str(demo / "videos")) for i in range(3)]
+    draws = [np.random.default_rng(i).random((3, 5)) for i in range(3)]
+    optimizer = mv.make_optimizer(model, args)
+    for k in range(2):
+        ids, logps = grpo.generate(OneProcess(model), samples, encoder, args, draws)
+        flat = [[x for group in part for own in group for x in own] for part in (told["logps"][k], logps)]
+        assert flat[0] == pytest.approx(flat[1], abs=1e-4)
+        full = [mv.add_suffixes(sample, [(c, c) for c in group]) for sample, group in zip(samples, ids)]
+        inputs, targets, _ = mv.pack(full, encoder, "cpu")
+        (-mv.token_logps(model(**inputs).logits, targets, args.temperature).sum() / 100).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert told["ids"] == ids and told["norm"] == pytest.approx(norm.item(), rel=1e-4)
