@@ -31,12 +31,17 @@ def conversation(i, clips):
     return {"id": f"record-{i}", "video": clips, "conversations": turns}
 
 
+def pair(i, clips):
+    return {"id": f"record-{i}", "video": clips, "prompt": f"Which of {i}?", "chosen": f"It is {i * i}.",
+            "rejected": "None."}  # fmt: skip
+
+
+ADAPTER = ["--lora_enable", "True", "--freeze_llm", "True", "--lora_rank", 4, "--lora_dropout", 0.2,
+           "--lora_namespan_exclude", "['lm_head', 'embed_tokens']"]  # fmt: skip
 TRAINERS = {  # script → what a record is, and its own flags; dropout makes every random state count
-    "train_sft.py": (conversation, [
-        "--lora_enable", "True", "--freeze_llm", "True", "--lora_rank", 4, "--lora_dropout", 0.2,
-        "--lora_namespan_exclude", "['lm_head', 'embed_tokens']",
-    ]),
-}  # fmt: skip
+    "train_sft.py": (conversation, ADAPTER),
+    "train_dpo.py": (pair, ADAPTER),
+}
 SCRIPTS = list(TRAINERS)
 
 
@@ -249,13 +254,14 @@ DIFFERENT = {
 def test_another_run_is_refused_with_each_difference(unbroken, script):
     folder = unbroken(script)[0] / "checkpoint-6"
     run = json.loads((folder / "trainer_state.json").read_text())["run"]
-    assert run.keys() == DIFFERENT.keys()
-    for name, value in DIFFERENT.items():
+    different = DIFFERENT | ({"reference": "another/model"} if script == "train_dpo.py" else {})
+    assert run.keys() == different.keys()
+    for name, value in different.items():
         with pytest.raises(mv.InputError, match=re.escape(f"• {name}: {run[name]} then, {value} now\nGive the same")):
             restored(folder, {name: value})
     with pytest.raises(mv.InputError) as caught:
-        restored(folder, DIFFERENT)
-    assert str(caught.value).count("•") == len(DIFFERENT)
+        restored(folder, different)
+    assert str(caught.value).count("•") == len(different)
     forced = mv.TrainingArguments(resume_force=True)
     with pytest.raises(mv.InputError, match=r"optimizer: adamw_torch then, sgd now\n"):
         restored(folder, {"optimizer": "sgd"}, args=forced)
