@@ -1756,8 +1756,7 @@ def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Ten
     """uint8 [P, 3·2·patch²] → float32, (x − 255·mean) / (255·std) per colour channel, as the HF processors fuse it."""
     mean = torch.tensor(image_mean, device=patches.device)[:, None] * 255
     std = torch.tensor(image_std, device=patches.device)[:, None] * 255
-    # in place: it is the largest array of a row
-    return patches.unflatten(1, (3, -1)).float().sub_(mean).div_(std).flatten(1)
+    return patches.unflatten(1, (3, -1)).float().sub_(mean).div_(std).flatten(1)  # in place: it is large
 
 
 def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Tensor, torch.Tensor]:

@@ -377,10 +377,10 @@ def target_number(value) -> float:
     return float(value)
 
 
-def some(items) -> str:
+def some(items, name=str) -> str:
     """The first few of them, as text."""
     items = list(items)
-    return ", ".join(map(str, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+    return ", ".join(map(name, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def make_config(records: Dataset, args, encoder: mv.Encoder):
@@ -433,10 +433,10 @@ def class_names(records: Dataset, args, own: list[str] | None) -> list[str]:
     if not names:
         raise mv.InputError(f"{args.data_path}: no record has any label: there is nothing to learn")
     if absent := [name for name in names if not counts[name]]:
-        raise mv.InputError(f"{args.data_path}: no record has the label {some(map(repr, absent))}: add records of it, "
+        raise mv.InputError(f"{args.data_path}: no record has the label {some(absent, repr)}: add records of it, "
                             "or take it out of --labels (or --num_labels)")  # fmt: skip
     if always := [name for name in names if args.problem_type == MULTI and counts[name] == len(records)]:
-        raise mv.InputError(f"{args.data_path}: every record has the label {some(map(repr, always))}: there is "
+        raise mv.InputError(f"{args.data_path}: every record has the label {some(always, repr)}: there is "
                             "nothing to tell apart; take it out, or add records without it")  # fmt: skip
     return names
 
@@ -448,11 +448,9 @@ def check_labels(records: Dataset, names: list[str], source: str):
         for name in set(labels) - set(names):
             unknown.setdefault(name, []).append(i)
     if unknown:
-        lines = [f"{name!r} in record {some(records[i]['id'] for i in places[:6])}"
-                 + (f" ({len(places)} records)" if len(places) > 5 else "")
+        lines = [f"{name!r} in record {some(places, lambda i: records[i]['id'])}"
                  for name, places in list(unknown.items())[: mv.MAX_COMPLAINTS]]  # fmt: skip
-        raise mv.InputError(f"{source}: unknown labels; known are {some(map(repr, names))}\n  • "
-                            + "\n  • ".join(lines))  # fmt: skip
+        raise mv.InputError(f"{source}: unknown labels; known are {some(names, repr)}\n  • " + "\n  • ".join(lines))
 
 
 def regression_targets(records: Dataset, args, own: list[str] | None) -> tuple[list[str], dict]:
@@ -486,7 +484,7 @@ def check_records(records: Dataset, config, source: str):
         return
     check_labels(records, names, source)
     if absent := set(names) - {name for labels in records["label"] for name in labels}:
-        mv.say(f"{source}: no record has the label {some(sorted(map(repr, absent)))}: metrics are over the others")
+        mv.say(f"{source}: no record has the label {some(sorted(absent), repr)}: metrics are over the others")
 
 
 def check_same_head(folder: Path, config):
@@ -612,11 +610,12 @@ def multi_label_metrics(truth: np.ndarray, probabilities: np.ndarray) -> dict:
     Accuracy counts samples whose classes are all right.
     """
     predicted = (probabilities > 0.5).astype(int)
+    pairs = list(zip(truth.T, predicted.T))  # class by class: a single one would be taken for two
     return {
-        "eval_accuracy": float(metrics.accuracy_score(truth, predicted)),
-        "eval_f1": float(metrics.f1_score(truth, predicted, average="macro", zero_division=0)),
+        "eval_accuracy": float((truth == predicted).all(1).mean()),
+        "eval_f1": float(np.mean([metrics.f1_score(*pair, zero_division=0) for pair in pairs])),
         **ranking_metrics(truth, probabilities),
-        "eval_confusion_matrix": metrics.multilabel_confusion_matrix(truth, predicted).tolist(),
+        "eval_confusion_matrix": [metrics.confusion_matrix(*pair, labels=[0, 1]).tolist() for pair in pairs],
     }
 
 
@@ -696,7 +695,7 @@ def evaluate(engine, stream, records, encoder, args, weights, caught) -> tuple[d
         mv.stop_all(accelerator, f"{args.eval_path}: no record was evaluated, all {len(records)} were skipped")
     records, logits = records.select(kept), table[kept, :-1].numpy()
     if broken := np.flatnonzero(~np.isfinite(logits).all(1)).tolist():
-        mv.stop_all(accelerator, f"evaluation: the outputs for record {some(records[i]['id'] for i in broken)} "
+        mv.stop_all(accelerator, f"evaluation: the outputs for record {some(broken, lambda i: records[i]['id'])} "
                     "are not finite: lower --learning_rate")  # fmt: skip
     result, predictions = judge_logits(records, logits, config)
     return {"eval_loss": loss / len(kept), "eval_samples": len(kept), **result}, predictions

@@ -408,7 +408,10 @@ def test_metrics_against_scikit_learn():
     assert result["eval_f1"] == pytest.approx(np.mean([sk.f1_score(truth[:, c], p[:, c] > 0.5) for c in range(3)]))
     assert result["eval_auroc"] == pytest.approx(sk.roc_auc_score(truth, p, average="macro"))
     assert result["eval_average_precision"] == pytest.approx(sk.average_precision_score(truth, p, average="macro"))
-    assert np.array(result["eval_confusion_matrix"]).shape == (3, 2, 2)
+    assert result["eval_confusion_matrix"] == sk.multilabel_confusion_matrix(truth, p > 0.5).tolist()
+    one = train_cls.multi_label_metrics(truth[:, :1], p[:, :1])
+    assert one["eval_f1"] == sk.f1_score(truth[:, 0], p[:, 0] > 0.5)
+    assert one["eval_confusion_matrix"] == [sk.confusion_matrix(truth[:, 0], p[:, 0] > 0.5).tolist()]
 
     true = rng.normal(50, 10, (30, 2))
     said = true + rng.normal(0, 3, (30, 2))
@@ -585,7 +588,7 @@ def test_held_out_labels(tiny_model, capsys):
     _, config = made(["a", "b", "c"], tiny_model)
     held_out, _ = made(["a", "x", "a", "y", *["x"] * 9], tiny_model)
     with pytest.raises(mv.InputError, match=r"eval.json: unknown labels; known are 'a', 'b', 'c'\n  • 'x' in record "
-                       r"r1, r4, r5, r6, r7 and 1 more \(10 records\)\n  • 'y' in record r3"):  # fmt: skip
+                       r"r1, r4, r5, r6, r7 and 5 more\n  • 'y' in record r3"):  # fmt: skip
         train_cls.check_records(held_out, config, "eval.json")
     train_cls.check_records(made(["a", "b"], tiny_model)[0], config, "eval.json")
     assert "eval.json: no record has the label 'c': metrics are over the others" in capsys.readouterr().err
