@@ -35,17 +35,17 @@ demo-grpo: .venv/run.done
 	$(BIN)/python tools/make_demo.py --output_dir demo
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_sft.py \
 	    --model_id demo/model --data_path demo/sft_train.json --image_folder demo/videos \
-	    --video_resized_width 64 --video_resized_height 64 --nframes 4 --max_steps 36 \
+	    --video_resized_width 64 --video_resized_height 64 --nframes 4 --max_steps 40 \
 	    --per_device_train_batch_size 8 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 \
 	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/half
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_grpo.py \
 	    --model_id demo/half --data_path demo/sft_train.json --eval_path demo/sft_eval.json --image_folder demo/videos \
 	    --video_resized_width 64 --video_resized_height 64 --nframes 4 --max_steps 96 \
-	    --reward_funcs accuracy --num_generations 8 --max_completion_length 12 --temperature 1.5 --top_k 6 --beta 0 \
+	    --reward_funcs accuracy --num_generations 8 --max_completion_length 12 --temperature 1 --top_k 0 --beta 0.1 \
 	    --per_device_train_batch_size 8 --per_device_eval_batch_size 20 --learning_rate 5e-4 \
 	    --lr_scheduler_type constant_with_warmup --warmup_steps 3 --eval_strategy steps --eval_steps 24 \
-	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/grpo
-	$(BIN)/python tools/show_demo.py demo --before half --after grpo
+	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/out_grpo
+	$(BIN)/python tools/show_demo.py demo --before half --after out_grpo
 
 test: .venv/dev.done lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

