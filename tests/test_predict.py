@@ -238,8 +238,11 @@ def test_classifier(data, tmp_path, monkeypatch):
 
     model = save_tiny_model(tmp_path / "model", vision_hidden_size=32, initializer_range=0.1)
     records = json.loads((data / "data.json").read_text())
-    labelled = [{"id": r["id"], "video": r.get("video"), "image": r.get("image"), "label": "abc"[i % 3],
-                 "prompt": r["conversations"][-2]["value"]} for i, r in enumerate(records) if i % KINDS < 5]  # fmt: skip
+    labelled = []
+    for i, record in enumerate(records):
+        if i % KINDS < 5:  # one turn
+            media = {key: record.get(key) for key in ("id", "video", "image")}
+            labelled.append({**media, "prompt": record["conversations"][-2]["value"], "label": "abc"[i % 3]})
     for name, rows in (("train", labelled), ("test", [*labelled[:9], {**labelled[9], "label": None}])):
         (data / f"{name}.json").write_text(json.dumps(rows))
     reset_accelerate()
