@@ -99,6 +99,19 @@ def test_packed_row_equals_plain_model(tiny_model, records, clips, reference, ch
     close_gradients(model, plain)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_do_not_go_through_a_frozen_tower(tiny_model, records, clips, checkpointing):
+    """Nothing before the first trained parameter takes part in the backward pass, with checkpointing neither."""
+    frozen = arguments(tiny_model, gradient_checkpointing=checkpointing, freeze_vision_tower=True, freeze_merger=True)
+    model = mv.load_model(frozen, "cpu").train()
+    seen = []
+    model.model.visual.merger.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    encoder, samples = packed_row(tiny_model, records, clips)
+    inputs, targets, _ = mv.pack(samples, encoder, "cpu")
+    sft_loss(model(**inputs).logits, targets).backward()
+    assert seen == [False] and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_packed_row_equals_plain_qwen2_vl(tiny_qwen2_vl, records, clips):
     plain, losses = reference_losses(tiny_qwen2_vl, records, clips)
     encoder, samples = packed_row(tiny_qwen2_vl, records, clips)

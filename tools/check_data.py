@@ -463,9 +463,10 @@ def report_budget(found: Findings, split: str, args, factor: int) -> dict:
         shapes = found.shapes(split, largest)
         for budget in sorted({most * 3 // 4, most // 2, most // 4}, reverse=True):
             with contextlib.suppress(ValueError):  # less than a token for each
-                clip = mv.fit_video_tokens(shapes, budget, factor)[0]
+                fitted = mv.fit_video_tokens(shapes, budget, factor)
                 result["would"].append({"limit": budget, "shrunk": int((whole > budget).sum()),
-                                        "first_clip_of_largest": [shapes[0], clip]})  # fmt: skip
+                                        "largest_before": most, "largest_after": mv._total_tokens(fitted, factor),
+                                        "first_clip_of_largest": [shapes[0], fitted[0]]})  # fmt: skip
     return result
 
 
@@ -617,8 +618,8 @@ def show(report: dict, first: int):
             listing(budget["impossible"], lambda item: f"{item['id']}: {item['problem']}")
         for would in budget["would"]:
             before, after = (f"{f} × {w} × {h}" for f, h, w in would["first_clip_of_largest"])
-            line("budget", f"--max_video_tokens {would['limit']:,} would shrink {would['shrunk']:,} samples; first "
-                 f"clip of the largest: {before} → {after}")  # fmt: skip
+            line("budget", f"--max_video_tokens {would['limit']:,} would shrink {would['shrunk']:,} samples, the "
+                 f"largest to {would['largest_after']:,}, its first clip {before} → {after}")  # fmt: skip
 
     files = report["files"]
     print(f"\nfiles: {files['distinct']:,} distinct; {report['checked']}")
@@ -645,6 +646,8 @@ def show(report: dict, first: int):
         line("largest row", f"{row['samples']} samples, {row['tokens']:,} tokens, {row['visual']:,} of them visual")
         parts = [f"{name} {value:.1f}" for name, value in memory["parts"].items()]
         line("GiB", ", ".join([*parts, f"CUDA and unusable {RUNTIME_GIB:g}"]))
+        if report["objective"] != "sft":
+            line("", "of the trained model: a reference model and rollouts come on top")
         print(f"  GiB with {table['videos']} videos and {table['text']:,} text tokens per sample; *: over the GPU's")
         print("    frames     " + "".join(f"{f'{side}×{side}':>10}" for side in table["sides"]))
         for frames, row in zip(table["frames"], table["gib"]):

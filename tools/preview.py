@@ -291,7 +291,7 @@ def draw_clip(canvas: Canvas, clip: dict, number: int, x: int, y: int, width: in
                 canvas.text(cell + thumb["cell"] / 2, top + thumb["size"][1] + 15, said, SANS, 12, INK, "m")
         under = top + thumb["size"][1] + (CAPTION if kind != "image" else 4)
         canvas.draw.line((left, under, left + thumb["group"], under), RULE, 2)
-        canvas.text(left + thumb["group"] / 2, under + 15, f"position {clip['positions'][group]}", SANS, 11, PALE, "m")
+        canvas.text(left + thumb["group"] / 2, under + 15, f"position {clip['positions'][group]}", SANS, 11, GREY, "m")
     return height
 
 
