@@ -573,8 +573,12 @@ def run(main):
             mend = f"; {INTACT}" if full else ""
             print(f"\n{Path(sys.argv[0]).name}: {error}{mend}", file=sys.stderr, flush=True)
         code = 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if several and lost_another(error):
+            print(f"\nprocess {os.environ['RANK']} ends because another one has ended: that one says why",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        else:
+            traceback.print_exc()
         code = 1
     except KeyboardInterrupt:  # before the loop, where nothing is to be saved
         code = 130
@@ -587,6 +591,11 @@ def run(main):
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error only says that a process on the other end of a connection is gone."""
+    return "gloo" in str(error) and any(word in str(error) for word in ("by peer", "Broken pipe"))
 
 
 def say(message: str):
@@ -2738,6 +2747,8 @@ def _write_checkpoint(final, aside, engine, processor, state):
         try:
             engine.model.save_checkpoint(str(aside), tag="deepspeed", save_latest=False)
         except (OSError, RuntimeError) as error:  # others wait inside it: no all_or_none, this process just ends
+            if lost_another(error):
+                raise
             raise InputError(f"{final} cannot be written: {str(error).splitlines()[0]}; {INTACT}") from None
     with writing():
         save_file(random_states, aside / f"random_states_{accelerator.process_index}.safetensors")

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def arm(output_dir: str, faults: list[dict], trace: str | None):
     """Make this process pass points, and the faults come true at theirs."""
     import safetensors.torch
+    import torch
 
     import multivideo as mv
 
@@ -90,7 +91,7 @@ def arm(output_dir: str, faults: list[dict], trace: str | None):
             point(kind, path(args) if path else None)
             result = inner(*args, **kwargs)
             if after:
-                point(f"{kind}d", path(args) if path else None)
+                point(f"{kind}-end", path(args) if path else None)
             return result
 
         setattr(owner, name, passing)
@@ -101,6 +102,7 @@ def arm(output_dir: str, faults: list[dict], trace: str | None):
     before(mv.Engine, "backward", "backward")
     before(mv, "_fsync", "fsync", lambda args: os.path.realpath(args[0]))
     before(safetensors.torch, "serialize_file", "serialize", lambda args: os.path.realpath(args[1]), after=True)
+    before(torch, "save", "shard", lambda args: os.path.realpath(args[1]), after=True)  # DeepSpeed's own writing
 
 
 def child(job):

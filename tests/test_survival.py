@@ -117,7 +117,7 @@ def test_killed_in_a_step_and_in_a_save(runner, flags, unbroken, tmp_path, scrip
     in_save = rng.choice([*saved, points.index("rename OUT/checkpoint-6")])
     killed = runner.run(script, flags[script], tmp_path / "out", faults={0: [at(points, in_step, "SIGKILL")]})
     assert killed.codes == [-signal.SIGKILL] and steps_of(tmp_path / "out")
-    fault = at(points, in_save, "torn" if points[in_save].startswith("serialized") else "SIGKILL")
+    fault = at(points, in_save, "torn" if points[in_save].startswith("serialize-end") else "SIGKILL")
     killed = runner.run(script, [*flags[script], *RESUME], tmp_path / "out", faults={0: [fault]})
     assert killed.codes == [-signal.SIGKILL] and steps_of(tmp_path / "out") == [2, 4]
     assert runner.run(script, [*flags[script], *RESUME], tmp_path / "out").codes == [0]
@@ -405,7 +405,8 @@ def test_a_process_that_fails_alone(runner, flags, tmp_path, script):
     faults = {1: [{"at": "backward", "n": 3, "do": "fail"}]}
     run = runner.run(script, two(flags[script]), tmp_path / "out", world=2, faults=faults)
     assert run.codes == [1, 1] and run.seconds < 60
-    assert "RuntimeError: failed on purpose" in run.said[1] and "failed on purpose" not in run.said[0]
+    assert "RuntimeError: failed on purpose" in run.said[1] and "Traceback" not in run.said[0]
+    assert "process 0 ends because another one has ended: that one says why" in run.said[0]
     assert steps_of(tmp_path / "out") == [2]
     assert (Path(run.logs[1]).stat().st_mtime_ns) < Path(run.logs[0]).stat().st_mtime_ns  # its message came first
 
