@@ -230,7 +230,7 @@ def test_everything_wrong_is_found(demo, folder, records, tmp_path, monkeypatch,
     videos = ["cut.mp4", "empty.mp4", "folder.mp4", "pipe.mp4", "thin.mp4", "/dev/zero", "gone.mp4",
               {"video": "good.mp4", "start": 100}]  # fmt: skip
     broken = [record(f"broken {i}", video=["good.mp4", video]) for i, video in enumerate(videos)]
-    broken += [record("again", video="gone.mp4"), record("picture", image="bad.png")]
+    broken += [record("again", video="gone.mp4"), record("picture", image="bad.png"), record("\ud800", video="\ud800")]
     with open(tmp_path / "data.jsonl", "w") as file:
         for item in [*records, *bad, *broken, record("many"), record("long", "word " * 400)]:
             file.write(json.dumps(item) + "\n")
@@ -250,12 +250,15 @@ def test_everything_wrong_is_found(demo, folder, records, tmp_path, monkeypatch,
     assert any("record must be an object" in p for p in found) and any("not valid JSON" in p for p in found)
     assert "… and 32 more" in said  # of the bad records
     assert train["duplicate_ids"]["items"] == [
-        {"id": "many", "times": 2, "places": ["line 1 (id 'many')", "line 51 (id 'many')"]}
+        {"id": "many", "times": 2, "places": ["line 1 (id 'many')", "line 52 (id 'many')"]}
     ]
     gone = {"file": str(folder / "gone.mp4"), "records": ["broken 6", "again"], "more_records": False}
     assert gone.items() <= files["missing"]["items"][0].items() and files["missing"]["count"] == 1
+    half = {"file": str(folder / "\\ud800"), "records": ["\\ud800"]}  # half a character, as JSON may hold it
+    assert half.items() <= files["unusable"]["items"][-1].items()
     unusable = {os.path.relpath(item["file"], folder): item for item in files["unusable"]["items"]}
     unusable["/dev/zero"] = unusable.pop(os.path.relpath("/dev/zero", folder))
+    assert unusable.pop("\\ud800")
     assert unusable.keys() == UNUSABLE.keys()
     for i, name in enumerate(["cut.mp4", "empty.mp4", "folder.mp4", "pipe.mp4", "thin.mp4", "/dev/zero"]):
         assert UNUSABLE[name] in unusable[name]["said"] and unusable[name]["records"] == [f"broken {i}"], name
@@ -263,7 +266,7 @@ def test_everything_wrong_is_found(demo, folder, records, tmp_path, monkeypatch,
     assert odd.keys() == ODD.keys() and all(names <= odd[code] for code, names in ODD.items()), odd
     assert [item["id"] for item in train["too_long"]["items"]] == ["long"]
     assert len(report["would_fail"]) == 3 and all(problem in said for problem in report["would_fail"])
-    assert report["files"]["uses"] == {"all": 32, "unreadable": 10}
+    assert report["files"]["uses"] == {"all": 33, "unreadable": 11}
 
 
 @pytest.mark.parametrize(
@@ -611,6 +614,9 @@ def test_preview_runs(demo, folder, tmp_path, monkeypatch, capsys):  # noqa: F81
     assert run(preview, monkeypatch, capsys, *flags, "--id", "train-3")[0] == 0
     with Image.open(tmp_path / "a.png") as picture:
         assert (np.asarray(picture) == by_index).all()
+    for output, message in (("none/a.png", "no such folder"), ("a", "ends in .png")):
+        code, said = run(preview, monkeypatch, capsys, *flags[:-1], tmp_path / output)
+        assert code == 1 and message in said
     code, said = run(preview, monkeypatch, capsys, *flags, "--index", 24)
     assert code == 1 and "--index 24: not one of the 24 records" in said
     code, said = run(preview, monkeypatch, capsys, *flags, "--id", "train-99")

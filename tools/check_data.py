@@ -4,8 +4,8 @@
         --video_resized_width 64 --video_resized_height 64 --fps 0.25 --gpu_memory_gb 80
 
 takes the flags of a training command (those that do not concern data are read and ignored) and looks at every record
-and every file of --data_path and --eval_path in parallel: at the containers' metadata, or with --decode at every frame
-that training would take. A file that hangs or kills its process is a finding like any other. All is printed, and
+and every file of --data_path and --eval_path in parallel: at its container and first frame, or with --decode at every
+frame that training would take. A file that hangs or kills its process is a finding like any other. All is printed, and
 written as JSON to --report. Exit code 0: nothing would stop a run; 1: something would; 2: wrong flags.
 
 Sizes, frames and tokens come from the arithmetic of the trainers. Records and findings are kept in a temporary
@@ -67,7 +67,7 @@ class CheckFlags:
     """Flags of this tool; the trainer's come beside them."""
 
     objective: str = mv.arg("sft", "Whose records these are: train_OBJECTIVE.py says what a good record is.")
-    decode: bool = mv.arg(False, "Decode every frame that training would take, instead of reading containers only.")
+    decode: bool = mv.arg(False, "Decode every frame that training would take, not only the first.")
     report: str = mv.arg("check_data.json", "Where the report is written as JSON.")
     num_workers: int | None = mv.arg(None, "Processes that read records and files (default: one per core).")
     listed: int = mv.arg(10, "Findings of one kind that are printed; all are counted.")
@@ -325,7 +325,9 @@ class Findings:
         self.db.executescript("PRAGMA cache_size = -100000;" + SCHEMA)
 
     def __call__(self, query: str, *values):
-        return self.db.execute(query, values)
+        # JSON may hold halves of characters, which neither SQLite nor a terminal takes.
+        whole = [v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for v in values]
+        return self.db.execute(query, whole)
 
     def one(self, query: str, *values):
         """The first column of the first row."""

@@ -223,6 +223,7 @@ def many(count: int, what: str) -> str:
 
 def fitted(canvas, text, name, size, width):
     """The text, its middle left out where it is wider than `width`."""
+    text = text if len(text) <= 600 else f"{text[:300]}…{text[-300:]}"
     if canvas.width(text, name, size) <= width:
         return text
     for keep in range(len(text) - 2, 2, -1):
@@ -451,6 +452,10 @@ def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], 
 
 def main():
     args, own = read_flags(PreviewFlags)
+    if not Path(own.output).absolute().parent.is_dir():
+        raise mv.InputError(f"--output {own.output}: no such folder")
+    if Path(own.output).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise mv.InputError(f"--output {own.output}: expected a name that ends in .png or .jpg")
     row = find_record(args.data_path, own, normalizer(own.objective, args))
     encoder = mv.Encoder(args.model_id, args)
     sample = encoder(row, args.image_folder)
