@@ -103,16 +103,16 @@ def records():
     ]  # fmt: skip
 
 
-def worker(args, decode=False):
+def worker(args, decode=False, objective="sft"):
     """The tool's worker functions, in this process."""
-    normalize = check_data.normalizer("sft", args)
+    normalize = check_data.normalizer(objective, args)
     check_data._worker.update(encoder=mv.Encoder(args.model_id, args), normalize=normalize, args=args, decode=decode)
     return check_data._worker["encoder"]
 
 
-def look(args, raw, folder, decode=False):
+def look(args, raw, folder, decode=False, objective="sft"):
     """What the tool finds about raw records, and the encoder."""
-    encoder, found = worker(args, decode), check_data.Findings()
+    encoder, found = worker(args, decode, objective), check_data.Findings()
     for number, item in enumerate(raw):
         found.add_record("train", number, check_data.read_record((f"record {number}", item, str(folder))))
     for item in found.distinct():
@@ -152,29 +152,31 @@ def test_tokens_are_those_of_the_encoder(tiny_model, folder, records, name, deco
         assert sorted(frames.fetchall()) == sorted(map(tuple, grid.tolist()))
 
 
-def test_answers_that_share_a_prompt(tiny_model, folder, monkeypatch):
-    """With several answers all tokens count, and --max_seq_length is held against the prompt with the longest one."""
-    args = mv.TrainingArguments(model_id=tiny_model, nframes=4, video_resized_width=56, video_resized_height=56)
-    encoder = worker(args)
+OTHERS = {  # objective: fields of a record
+    "dpo": {"chosen": "Yes.", "rejected": "No, it is a longer one."},
+    "grpo": {"answer": "red"},
+    "cls": {"label": "red"},
+}
 
-    def pair(raw, where):
-        row = mv.normalize_conversation(raw, where)
-        turns = [
-            [{"role": "assistant", "content": [mv._part("text", text=text)]}] for text in ("Yes.", "No, a longer one.")
-        ]
-        return {**row, "completions": turns}
 
-    monkeypatch.setitem(check_data._worker, "normalize", pair)
-    raw = {"id": "pair", "video": ["good.mp4"] * 2, "messages": [{"role": "user", "content": "Is it?"}]}
-    found = check_data.Findings()
-    found.add_record("train", 0, check_data.read_record(("record 0", raw, str(folder))))
-    for item in found.distinct():
-        found.add_clip(item[0], check_data.read_clip(item), encoder.factor)
-    found.add_samples(args, encoder.factor)
-    sample = encoder(pair(raw, "x"), str(folder))
-    prompt, first, second = sample["lengths"].tolist()
-    assert first < second
-    assert found("SELECT total, longest, visual FROM good").fetchall() == [(sample["num_tokens"], prompt + second, 16)]
+@pytest.mark.parametrize("objective", OTHERS)
+def test_records_of_the_other_trainers(tiny_model, folder, objective):
+    """Their own normalize_record and arguments; with several answers the prompt and the longest are one sequence."""
+    argv = ["--model_id", tiny_model, "--data_path", str(ROOT / "examples" / "llava.json"), "--nframes", "4"]
+    argv += ["--video_resized_width", "56", "--video_resized_height", "56", "--objective", objective]
+    args, own = check_data.read_flags(check_data.CheckFlags, argv)
+    assert own.objective == objective and type(args).__module__ == f"train_{objective}"
+    raw = {"id": "it", "video": ["good.mp4"] * 2, "prompt": "<video> or <video>?", **OTHERS[objective]}
+    found, encoder = look(args, [raw, {"id": "bad"}], folder, objective=objective)
+    sample = encoder(check_data._worker["normalize"](raw, "x"), str(folder))
+    prompt, *answers = sample["lengths"].tolist()
+    assert len(answers) == (2 if objective == "dpo" else 0)
+    learned = int((sample["labels"] != -100).sum())
+    counts = found("SELECT total, longest, visual, learned FROM good").fetchall()
+    assert counts == [(sample["num_tokens"], prompt + max(answers, default=0), 16, learned)]
+    report = check_data.report_split(found, "train", "data.json", args, encoder.factor)
+    assert report["bad_records"]["count"] == 1
+    assert report["too_long"]["flag"] == ("max_prompt_length" if objective == "grpo" else "max_seq_length")
 
 
 def test_demo_is_sound(demo, tmp_path, monkeypatch, capsys):  # noqa: F811

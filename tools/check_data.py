@@ -202,12 +202,9 @@ def read_clip(item) -> dict:
             seconds, asked = info.num_frames / info.fps, part["fps"] or args.fps
             wanted = part["nframes"] or (None if part["fps"] else args.nframes)
             with av.open(path) as opened:
-                if (
-                    (opened.streams.video[0].width, opened.streams.video[0].height)
-                    == (height, width)
-                    != (width, height)
-                ):
-                    notes["rotation"] = f"{width}×{height} as shown"
+                stored = opened.streams.video[0].width, opened.streams.video[0].height
+            if stored == (height, width) and height != width:
+                notes["rotation"] = f"{width}×{height} as shown"
             if info.not_decord and args.video_decoder == "decord":
                 notes["second decoder"] = info.not_decord
             if info.num_frames == 1:
@@ -430,6 +427,8 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
         item["places"] = [place for (place,) in places]
     columns = {"videos": "videos", "images": "images", "visual tokens": "visual", "text tokens": "text",
                "learned tokens": "learned", "all tokens": "total"}  # fmt: skip
+    prompts = getattr(args, "max_prompt_length", None)  # of a trainer that adds the answers itself
+    flag, limit = ("max_prompt_length", prompts) if prompts else ("max_seq_length", args.max_seq_length)
     names, facts = "id tokens visual videos images", "visual, videos, images FROM good WHERE split = ?"
     return {
         "source": source,
@@ -445,7 +444,7 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
                        for name, column in columns.items()},
         "largest": found.listed(names, f"SELECT id, total, {facts} ORDER BY total DESC, number", split)["items"][:100],
         "too_long": found.listed(names, f"SELECT id, longest, {facts} AND longest > ? ORDER BY longest DESC", split,
-                                 args.max_seq_length) | {"limit": args.max_seq_length, "policy": args.on_long_sample},
+                                 limit) | {"flag": flag, "limit": limit, "policy": args.on_long_sample},
         "video_tokens": report_budget(found, split, args, factor),
     }  # fmt: skip
 
@@ -532,8 +531,8 @@ def would_fail(report: dict, args) -> list[str]:
             problems.append(f"{name}: no records")
         if count := split["bad_records"]["count"]:
             problems.append(f"{name}: bad records: {count:,}")
-        if (count := split["too_long"]["count"]) and args.on_long_sample == "error":
-            problems.append(f"{name}: samples over --max_seq_length {args.max_seq_length}: {count:,}")
+        if (long := split["too_long"])["count"] and args.on_long_sample == "error":
+            problems.append(f"{name}: samples over --{long['flag']} {long['limit']}: {long['count']:,}")
         if count := split["video_tokens"]["impossible"]["count"]:
             problems.append(f"{name}: samples that --max_video_tokens {args.max_video_tokens} cannot hold: {count:,}")
     files, epochs = report["files"], max(1, args.num_train_epochs)
@@ -606,7 +605,7 @@ def show(report: dict, first: int):
             print("  the largest samples")
             listing({"items": split["largest"][: min(3, first)], "count": 0}, sample_line)
         long = split["too_long"]
-        line("too long", f"{long['count']:,} over --max_seq_length {long['limit']:,}"
+        line("too long", f"{long['count']:,} over --{long['flag']} {long['limit']:,}"
              + (f" (--on_long_sample {long['policy']})" if long["count"] else ""))  # fmt: skip
         listing(long, sample_line)
         if long["count"]:
@@ -649,7 +648,7 @@ def show(report: dict, first: int):
         parts = [f"{name} {value:.1f}" for name, value in memory["parts"].items()]
         line("GiB", ", ".join([*parts, f"CUDA and unusable {RUNTIME_GIB:g}"]))
         if report["objective"] != "sft":
-            line("", "of the trained model: a reference model and rollouts come on top")
+            line("", "of the trained model: a reference model, rollouts and their answers come on top")
         print(f"  GiB with {table['videos']} videos and {table['text']:,} text tokens per sample; *: over the GPU's")
         print("    frames     " + "".join(f"{f'{side}×{side}':>10}" for side in table["sides"]))
         for frames, row in zip(table["frames"], table["gib"]):
