@@ -762,7 +762,7 @@ def main():
         state = mv.restore_checkpoint(resumed, engine, state)
     if is_main:
         for name in ("metrics.jsonl", "bad_steps.jsonl"):
-            mv.cut_jsonl(output_dir / name, state["step"])
+            mv.cut_jsonl(output_dir / name, state)
         mv.write_json(output_dir / "arguments.json", asdict(args))
     if trackers:
         config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
@@ -781,7 +781,7 @@ def main():
     steps = stream.steps(records, windows, batch_size, rank, world_size, args.image_folder)
     bar = tqdm(total=total_steps, initial=state["step"], desc="train", disable=not is_main)
     model.train()
-    caught, saved_step = mv.catch_signals(), None
+    caught, saved_step, stop = mv.catch_signals(), None, False
     while True:
         epoch = state["samples_seen"] / len(records)
         if state["eval_due"]:
@@ -806,8 +806,6 @@ def main():
         if state["save_due"]:
             state["save_due"], saved_step = False, state["step"]
             mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
-            if is_main:
-                mv.prune_checkpoints(args.output_dir, args.save_total_limit, state["best_checkpoint"])
         early = 0 < args.early_stopping_patience <= state["evals_without_gain"]
         if early or state["step"] >= total_steps:
             break
