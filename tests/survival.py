@@ -219,6 +219,7 @@ class Runner:
         Path(output_dir).parent.mkdir(parents=True, exist_ok=True)
         for rank in range(world):
             logs.append(f"{output_dir}.{time.time_ns()}.{rank}.log")
+            Path(logs[-1]).touch()
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 or env else {}  # fmt: skip
             job = {
@@ -242,6 +243,12 @@ class Runner:
         self.process.wait(20)
 
 
+def at(points: list[str], i: int, do: str) -> dict:
+    """The fault that comes true at number i of the points that a run passes; OUT stands for its --output_dir."""
+    pattern = "^" + re.escape(points[i]).replace("OUT", "[^/]+") + "$"
+    return {"at": pattern, "n": points[: i + 1].count(points[i]), "do": do}
+
+
 class Run:
     """One attempt: `codes` and `said` (what was printed) by rank, `seconds` between the first end and the last."""
 
@@ -250,7 +257,7 @@ class Run:
 
     @property
     def said(self):
-        return [Path(log).read_text().replace("\r", "\n") for log in self.logs]
+        return [Path(log).read_text(errors="replace").replace("\r", "\n") for log in self.logs]
 
     def signal(self, number, rank=None):
         for pid in self.pids if rank is None else [self.pids[rank]]:
@@ -264,6 +271,10 @@ class Run:
             assert not all(pid in self.runner.ends for pid in self.pids), "\n".join(self.said)[-3000:]
             time.sleep(0.02)
         return self
+
+    def until_running(self):
+        """Wait for the loop to begin."""
+        return self.until(lambda: all("train:" in text for text in self.said[:1]))
 
     def wait(self, limit=None, kill_others=None):
         """Wait for all ranks; a hang kills them and raises TimeoutError. `kill_others`: as a launcher would, SIGTERM

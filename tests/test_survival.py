@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import write_clip
-from survival import ROOT, Runner, differences, metrics
+from survival import ROOT, Runner, at, differences, metrics
 
 import multivideo as mv
 
@@ -52,11 +52,9 @@ def runner():
     runner.close()
 
 
-@pytest.fixture(scope="session")
-def flags(tiny_model, tmp_path_factory):
-    """script → its flags: 9 records, steps of 2 rows (the fifth of an epoch has one), 7 steps, saved and evaluated
-    every second one."""
-    folder = tmp_path_factory.mktemp("survival")
+def write_data(folder, model):
+    """script → its flags, and clips and records for them: 9 records in steps of 2 rows (one in the last of an epoch),
+    7 steps, saved and evaluated every second one."""
     for i in range(4):
         write_clip(folder / f"{i}.mp4", 56, 56, 8, seed=i)
     table = {}
@@ -65,7 +63,7 @@ def flags(tiny_model, tmp_path_factory):
         for name, some in (("train", rows), ("eval", rows[:3])):
             (folder / f"{script}.{name}.json").write_text(json.dumps(some))
         table[script] = [
-            "--model_id", tiny_model, "--data_path", folder / f"{script}.train.json",
+            "--model_id", model, "--data_path", folder / f"{script}.train.json",
             "--eval_path", folder / f"{script}.eval.json", "--nframes", 2, "--video_resized_width", 56,
             "--video_resized_height", 56, "--max_steps", 7, "--per_device_train_batch_size", 1,
             "--gradient_accumulation_steps", 2, "--save_steps", 2, "--eval_strategy", "steps",
@@ -73,6 +71,11 @@ def flags(tiny_model, tmp_path_factory):
             "--dataloader_num_workers", 0, *own,
         ]  # fmt: skip
     return table
+
+
+@pytest.fixture(scope="session")
+def flags(tiny_model, tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("survival"), tiny_model)
 
 
 @pytest.fixture(scope="session")
@@ -91,12 +94,6 @@ def unbroken(runner, flags, tmp_path_factory):
         return done[script]
 
     return run
-
-
-def at(points, i, do):
-    """The fault that comes true at point number i."""
-    pattern = "^" + re.escape(points[i]).replace("OUT", "[^/]+") + "$"
-    return {"at": pattern, "n": points[: i + 1].count(points[i]), "do": do}
 
 
 def steps_of(folder):
