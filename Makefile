@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-dpo demo-cls demo-grpo test lint setup clean
+.PHONY: demo demo-dpo demo-cls demo-grpo test soak lint setup clean
 
 demo: .venv/run.done
 	$(BIN)/python tools/make_demo.py --output_dir demo
@@ -49,6 +49,9 @@ demo-grpo: .venv/run.done
 
 test: .venv/dev.done lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: .venv/dev.done
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
 lint: .venv/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
