@@ -296,6 +296,8 @@ def load_reference(args: DPOArguments, device):
     """The model as it is before training, or --ref_model_id, in the types of the trained one: the same numbers."""
     own = replace(args, model_id=args.ref_model_id or args.model_id, gradient_checkpointing=False,
                   lora_weight_path=None if args.ref_model_id else args.lora_weight_path)  # fmt: skip
+    if not own.lora_weight_path:  # an adapter that decides the types, and is taken off again
+        own = replace(own, lora_namespan_exclude="['lm_head', 'embed_tokens']", num_lora_modules=1, use_dora=False)
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):  # adapters begin at random
         model = mv.load_model(own, device)
     return model.unload() if args.lora_enable and not own.lora_weight_path else model
@@ -377,10 +379,11 @@ def find_table(path: Path, settings: dict) -> dict | None:
     try:
         return load_file(path)
     except FileNotFoundError:
-        for file in sorted(path.parent.iterdir()):
-            if file.suffix == path.suffix and file.name.startswith(path.name.rsplit("-", 1)[0] + "-"):
-                with safe_open(file, "pt") as opened:
-                    other = json.loads(opened.metadata()["settings"])
+        others = [file for file in sorted(path.parent.iterdir()) if file.suffix == path.suffix
+                  and file.name.startswith(path.name.rsplit("-", 1)[0] + "-")]  # fmt: skip
+        for file in others:
+            with contextlib.suppress(SafetensorError), safe_open(file, "pt") as opened:
+                other = json.loads((opened.metadata() or {}).get("settings", "{}"))
                 differ = [f"{key}: {other.get(key)} there, {value} here" for key, value in settings.items()
                           if other.get(key) != value]  # fmt: skip
                 mv.say(f"{file} is not for this run; these differ:\n  • " + "\n  • ".join(differ))
@@ -415,7 +418,6 @@ def precompute(reference: mv.Engine, stream, records, folder: str, encoder, path
     rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     table = {"crc32": torch.full([len(records)], -1), **{name: torch.zeros(len(records)) for name in REF_LOGPS}}
     if is_main:
-        parts.mkdir(parents=True, exist_ok=True)
         read_parts(parts, table)
     (todo,) = broadcast_object_list([(table["crc32"] < 0).nonzero()[:, 0].tolist()])
     mv.say(f"reference log-probabilities: {len(todo)} of {len(records)} pairs to compute for {path}")
@@ -430,17 +432,20 @@ def precompute(reference: mv.Engine, stream, records, folder: str, encoder, path
         if done and (k == len(rows) - 1 or time.monotonic() > written + SHARD_SECONDS):
             columns = [torch.tensor(column) for column in zip(*done)]
             part = dict(zip(("index", "crc32", *REF_LOGPS), columns))
+            parts.mkdir(exist_ok=True)
             write_tensors(parts / f"{done[0][0]}.safetensors", part, settings)
             done, written = [], time.monotonic()
+        accelerator.wait_for_everyone()  # none runs so far ahead that it would give up waiting at the end
         bar.update()
     bar.close()
-    accelerator.wait_for_everyone()
     if not is_main:
         return None
     read_parts(parts, table)
-    assert (table["crc32"] >= 0).all(), "a process has not written its part"
-    write_tensors(path, table, settings)
-    shutil.rmtree(parts)
+    if (table["crc32"] >= 0).all():
+        write_tensors(path, table, settings)
+    else:  # another run on the same data was faster, and took the parts away
+        table = load_file(path)
+    shutil.rmtree(parts, ignore_errors=True)
     return table
 
 

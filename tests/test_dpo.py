@@ -628,6 +628,25 @@ def test_a_broken_computation_goes_on(precomputing, straight, tmp_path, monkeypa
     assert train_rows(tmp_path / "a")[0]["loss"] == pytest.approx(train_rows(straight)[0]["loss"], rel=1e-6)
 
 
+def test_two_runs_share_their_work(precomputing, tmp_path, monkeypatch):
+    """One of two runs on the same data is done first, and takes the parts away: the other takes its numbers."""
+    flags, folder = precomputing
+    run(*flags, "--output_dir", tmp_path / "a")
+    monkeypatch.setattr(train_dpo, "find_table", lambda *args: None)
+    monkeypatch.setattr(train_dpo, "SHARD_SECONDS", 0)
+    write_tensors, written = train_dpo.write_tensors, []
+
+    def taken(path, *args):
+        write_tensors(path, *args)
+        written.append(path.name)
+        if len(written) in (3, 9):  # amid the first data set, and after the last part of the second
+            shutil.rmtree(path.parent)
+
+    monkeypatch.setattr(train_dpo, "write_tensors", taken)
+    run(*flags, "--output_dir", tmp_path / "b")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") and len(list(folder.iterdir())) == 2
+
+
 def test_another_setting_is_another_file(precomputing, tmp_path, capsys):
     flags, folder = precomputing
     run(*flags, "--output_dir", tmp_path / "a")
@@ -639,6 +658,8 @@ def test_another_setting_is_another_file(precomputing, tmp_path, capsys):
     assert len(list(folder.iterdir())) == 4
     for file in (first, second):
         file.write_bytes(file.read_bytes()[:50])
+    shutil.copy(first, folder / "ref_log_probs-pairs-0.safetensors")
+    shutil.copy(first, folder / "ref_log_probs-held_out-0.safetensors")
     run(*flags, "--output_dir", tmp_path / "c")
     assert f"{second} is damaged" in capsys.readouterr().err
     assert metrics(tmp_path / "a") == metrics(tmp_path / "c")
