@@ -72,7 +72,7 @@ class MemoryModel:
         if args.lora_enable:
             model = mv.add_adapter(model, trained, args)
         self.trained = self.trained_llm = self.frozen = self.quantized = self.cast = 0
-        self.largest = max(parameter.numel() for parameter in model.parameters())
+        self.largest_quantized, self.largest = 0, max(parameter.numel() for parameter in model.parameters())
         kinds = {}  # (part, block or None) → {"trained", "adapted"}
         for name, parameter in model.named_parameters():
             part, count = mv.part_of(name), parameter.numel()
@@ -85,6 +85,7 @@ class MemoryModel:
                 kinds.setdefault((part, in_block and int(in_block[1])), set()).add(kind)
             elif args.bits < 16 and part == "llm" and in_block and parameter.ndim > 1:
                 self.quantized += count
+                self.largest_quantized = max(self.largest_quantized, count)
             else:
                 self.frozen += count
         vision, text = self.config.vision_config, self.config.get_text_config()
@@ -113,8 +114,7 @@ class MemoryModel:
         optimizer *= w / 4 if args.optim.startswith("adamw_torch") else 1  # states have the weights' type
         step = {"adamw_torch": self.trained * w, "adafactor": 3 * self.largest * 4}.get(args.optim, 0)
         other = self.cast * self.e if w > self.e else 0  # casts, which live as long as the forward pass
-        if self.quantized:
-            other += 2 * self.largest * self.e
+        other += 2 * self.largest_quantized * self.e  # unpacked for its product
         if kind == "DEEPSPEED":
             optimizer = self.trained * (12 if w == 2 else 8) / n  # with fp32 masters
             gradients, step = gradients / (n if stage > 1 else 1), self.trained * 4 / n
