@@ -2128,6 +2128,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             bf16={"enabled": args.bf16 or args.pure_bf16},
             fp16={"enabled": args.fp16},
         )
+        accelerator.state.deepspeed_plugin.set_deepspeed_weakref()  # else ZeRO-3 loads fp32 shards under --bf16
     return accelerator
 
 
