@@ -12,7 +12,7 @@ OWN = {
     "train_dpo.py": r"loss_finite",
     "train_cls.py": r"load_model|step_windows|result is None|mv\.pack\(|targets for|supervised_tokens",
     # rollouts stand between data and exchange; several steps may learn one batch of completions
-    "train_grpo.py": r"encoded|kept|counts|data_wait|next\(|islice|bad_steps\.jsonl|due = |if stop:|---- data|^}$|packed",
+    "train_grpo.py": r"encoded|kept|counts|data_wait|next\(|islice|bad_steps\.js|due = |if stop:|---- data|^}$|packed",
 }
 
 
