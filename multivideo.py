@@ -560,7 +560,8 @@ class BadVideo(InputError):
 def run(main):
     """Run a trainer's main(); what is wrong with its input or its disk ends it with one message and exit code 1.
 
-    One of several processes leaves at once, without the clean-up in which it might wait for the others.
+    One of several processes leaves at once, without the clean-up in which it might wait for the others, or be aborted
+    because a communication thread still runs.
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
@@ -585,12 +586,13 @@ def run(main):
     except SystemExit as end:
         code = end.code
     else:
-        return
+        code = 0
     if several:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    raise SystemExit(code)
+    if code:
+        raise SystemExit(code)
 
 
 def lost_another(error: Exception) -> bool:
