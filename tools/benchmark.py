@@ -408,9 +408,9 @@ def time_training(ways, folder, records, args, rounds):
 def time_steps(ways, rounds, batch_sizes=(1, 4)):
     """{(way, batch): [seconds per sample]}, ways in turn; the first losses of both must agree."""
     models = {way: ways.load(way) for way in ("usual", "ours")}
-    for _ in range(2):  # the second one has been through a gradient
+    for tolerance in (1e-4, 1e-3):  # the second one has been through a gradient, and Adam's signs of tiny ones
         losses = {way: ways.step(way, *models[way], max(batch_sizes)) for way in models}
-        assert abs(losses["usual"] - losses["ours"]) < 1e-4 * losses["usual"], losses
+        assert abs(losses["usual"] - losses["ours"]) < tolerance * losses["usual"], losses
     times = {}
     for _ in range(rounds):
         for batch_size in batch_sizes:
