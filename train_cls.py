@@ -814,7 +814,6 @@ def main():
         started = time.perf_counter()
         window, samples_seen, rows = next(steps)
         data_wait = time.perf_counter() - started
-        packed = [pack(samples, encoder, model_config, accelerator.device) for samples in rows]
         encoded = [sample for samples in rows for sample in samples]
         kept = [sample for sample in encoded if "input_ids" in sample]
         counts = {
@@ -825,7 +824,7 @@ def main():
             "images": sum(sample["num_images"] for sample in kept),
             "bad_videos": sum(len(sample["bad"]) for sample in encoded),
             "tokens": sum(sample["num_tokens"] for sample in kept),
-            "supervised_tokens": sum(len(targets) for _, targets in packed),
+            "supervised_tokens": len(kept),
         }
         counts, stop = mv.exchange(accelerator, state, window, counts, caught)
         if stop:
@@ -838,8 +837,9 @@ def main():
         engine.set_learning_rate(factor)
         step_loss = torch.zeros((), device=accelerator.device)
         hits = torch.zeros((), device=accelerator.device)
-        for k, (inputs, targets) in enumerate(packed):
-            last = k == len(packed) - 1
+        for k, samples in enumerate(rows):
+            last = k == len(rows) - 1
+            inputs, targets = pack(samples, encoder, model_config, accelerator.device)
             with engine.row(last):
                 with engine.autocast():
                     # Gradients are averaged over processes: times world_size makes it the sum over the window.

@@ -165,6 +165,11 @@ def answer_logps(logits: torch.Tensor, targets: torch.Tensor, sequences: torch.T
     return logps.view(pairs, 2), lengths.view(pairs, 2)
 
 
+def chosen_tokens(sample: dict) -> int:
+    """Supervised tokens of an encoded pair's chosen answer."""
+    return int((sample["labels"][: sample["lengths"][:2].sum()] != -100).sum())
+
+
 def loss_sums(logps, ref_logps, lengths, args: DPOArguments) -> torch.Tensor:
     """Each loss of --dpo_loss, summed over the pairs of a row: three of [N, 2] → [losses]."""
     losses = [dpo_loss(name, logps, ref_logps, lengths, args.beta, args.label_smoothing) for name in args.dpo_loss]
@@ -612,7 +617,6 @@ def main():
         data_wait = time.perf_counter() - started
         mine = mv.micro_batches(window, batch_size, rank, world_size)
         rows = [comparable(reference, indices, samples) for indices, samples in zip(mine, rows)]
-        packed = [mv.pack(samples, encoder, accelerator.device) for samples in rows]
         encoded = [sample for samples in rows for sample in samples]
         kept = [sample for sample in encoded if "input_ids" in sample]
         counts = {
@@ -623,8 +627,8 @@ def main():
             "images": sum(sample["num_images"] for sample in kept),
             "bad_videos": sum(len(sample["bad"]) for sample in encoded),
             "tokens": sum(sample["num_tokens"] for sample in kept),
-            "supervised_tokens": sum(len(targets) for _, targets, _ in packed),
-            "chosen_tokens": sum(int((sequences % 2 == 0).sum()) for _, _, sequences in packed),
+            "supervised_tokens": sum(int((sample["labels"] != -100).sum()) for sample in kept),
+            "chosen_tokens": sum(map(chosen_tokens, kept)),
         }
         counts, stop = mv.exchange(accelerator, state, window, counts, caught)
         if stop:
@@ -636,10 +640,10 @@ def main():
         factor = mv.lr_factor(state["step"], total_steps, args)
         engine.set_learning_rate(factor)
         step_sums = torch.zeros(1 + len(METRICS), device=accelerator.device)  # loss, metrics
-        for k, (packed_row, indices, samples) in enumerate(zip(packed, mine, rows)):
-            last = k == len(packed) - 1
-            inputs, targets, sequences = packed_row
-            ref_logps = reference_logps(reference, packed_row, indices, samples)  # [pairs, 2]
+        for k, (samples, indices) in enumerate(zip(rows, mine)):
+            last = k == len(rows) - 1
+            inputs, targets, sequences = packed = mv.pack(samples, encoder, accelerator.device)
+            ref_logps = reference_logps(reference, packed, indices, samples)  # [pairs, 2]
             with engine.row(last):
                 with engine.autocast():
                     logps, lengths = answer_logps(model(**inputs).logits, targets, sequences, len(ref_logps))

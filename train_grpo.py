@@ -657,12 +657,13 @@ def statistics(sums: torch.Tensor, names: list[str]) -> tuple[dict, float]:
     return told, math.sqrt(max(variance, 0.0)) if variance == variance else math.nan
 
 
-def pack_groups(groups: list[dict], encoder, stops: list[int], args, device) -> dict:
-    """The groups of a row as [prompt, c1 … cG] each, and what its loss needs of every completion ([C]).
+def groups_with_gradient(groups, args) -> list[dict]:
+    """Those of some groups that are learned: without --beta, not those whose advantages are all 0."""
+    return [group for group in groups if args.beta or group["advantages"].any()]
 
-    Without --beta, groups whose advantages are all 0 stay out: they have no gradient. What is left may be nothing.
-    """
-    groups = [group for group in groups if args.beta or group["advantages"].any()]
+
+def pack_groups(groups: list[dict], encoder, stops: list[int], args, device) -> dict:
+    """The groups of a row (or none) as [prompt, c1 … cG] each, and what its loss needs of every completion ([C])."""
     samples = [mv.add_suffixes(group["sample"], [(ids, ids) for ids in group["ids"]]) for group in groups]
     inputs, targets, sequences = mv.pack(samples, encoder, device)
     ids = [tokens for group in groups for tokens in group["ids"]]
@@ -672,7 +673,6 @@ def pack_groups(groups: list[dict], encoder, stops: list[int], args, device) -> 
         "lengths": torch.tensor([len(tokens) for tokens in ids], device=device),
         "learned": torch.tensor([is_learned(tokens, stops, args) for tokens in ids], dtype=torch.bool, device=device),
         "rollout_logps": torch.tensor([x for group in groups for own in group["logps"] for x in own], device=device),
-        "ref_logps": None, "update_tokens": sum(int(sample["lengths"].sum()) for sample in samples),
     }  # fmt: skip
 
 
@@ -903,8 +903,8 @@ def main():
             reward_seconds = time.perf_counter() - started - data_wait - rollout_seconds
             left = iter(groups)  # in the order of their rows
             per_row = [sum("input_ids" in sample for sample in samples) for samples in rows]
-            packed = [pack_groups(list(itertools.islice(left, count)), encoder, stops, args, accelerator.device)
-                      for count in per_row]  # fmt: skip
+            learned_rows = [groups_with_gradient(itertools.islice(left, count), args) for count in per_row]
+            old_logps, ref_logps = [None] * len(rows), [None] * len(rows)
             kept = [sample for sample in encoded if "input_ids" in sample]
             completions = [ids for group in groups for ids in group["ids"]]
             local_counts = {
@@ -918,8 +918,9 @@ def main():
                 "supervised_tokens": sum(len(ids) for ids in completions if is_learned(ids, stops, args)),
                 "completions": len(completions),
                 "completion_tokens": sum(map(len, completions)),
-                "update_tokens": sum(batch["update_tokens"] for batch in packed),
-            }
+                "update_tokens": sum(len(group["sample"]["input_ids"]) + sum(map(len, group["ids"]))
+                                     for row_groups in learned_rows for group in row_groups),
+            }  # fmt: skip
         else:
             data_wait = rollout_seconds = reward_seconds = 0.0
         counts, stop = mv.exchange(accelerator, state, window, local_counts, caught)
@@ -933,24 +934,25 @@ def main():
         engine.set_learning_rate(factor)
         step_loss = torch.zeros((), device=accelerator.device)
         sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # KL, clipped, |Δ log p|, tokens
-        for k, batch in enumerate(packed):
-            last = k == len(packed) - 1
+        for k, row_groups in enumerate(learned_rows):
+            last = k == len(rows) - 1
+            batch = pack_groups(row_groups, encoder, stops, args, accelerator.device)
             inputs, targets, sequences = batch["inputs"], batch["targets"], batch["sequences"]
             if reference and iteration == 0:
-                batch["ref_logps"] = reference_logps(reference, inputs, targets, args)
+                ref_logps[k] = reference_logps(reference, inputs, targets, args)
             with engine.row(last):
                 with engine.autocast():
                     logits = model(**inputs).logits
                     logps = mv.token_logps(logits, targets, args.temperature)
                     if iteration == 0:
-                        batch["old_logps"] = logps.detach()
+                        old_logps[k] = logps.detach()
                     weights = token_weights(batch["lengths"], batch["learned"], counts, args)
-                    loss, kl, clipped = grpo_loss(logps, batch["old_logps"], batch["ref_logps"], batch["advantages"],
+                    loss, kl, clipped = grpo_loss(logps, old_logps[k], ref_logps[k], batch["advantages"],
                                                   sequences, weights, args)  # fmt: skip
                     # Gradients are averaged over processes: times world_size makes it the sum over the window.
                     loss = (loss if len(targets) else logits.sum() * 0.0) * world_size
                 step_loss += loss.detach() / world_size
-                gap = (batch["old_logps"] - batch["rollout_logps"]).abs()
+                gap = (old_logps[k] - batch["rollout_logps"]).abs()
                 told_of = torch.stack([gap * 0 if kl is None else kl.detach(), clipped, gap, torch.ones_like(gap)])
                 sums += told_of.double() @ batch["learned"][sequences].double()
                 if last:

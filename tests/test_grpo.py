@@ -395,7 +395,8 @@ def test_groups_without_advantage_leave_the_pack(rollout, tiny_model):
     results = []
     for beta in (0.0, 1e-30):
         args = arguments(tiny_model, beta=beta, loss_type="dapo")
-        batch = grpo.pack_groups(groups, encoder, grpo.end_tokens(model, encoder), args, "cpu")
+        learned = grpo.groups_with_gradient(groups, args)
+        batch = grpo.pack_groups(learned, encoder, grpo.end_tokens(model, encoder), args, "cpu")
         assert len(batch["lengths"]) == (6 if beta else 3)
         totals = {"completions": 6, "supervised_tokens": sum(len(c) for group in groups for c in group["ids"])}
         logps = mv.token_logps(model(**batch["inputs"]).logits, batch["targets"], 0.9)
@@ -406,8 +407,9 @@ def test_groups_without_advantage_leave_the_pack(rollout, tiny_model):
         loss.backward()
         results.append([loss.item(), *(p.grad.norm().item() for p in model.parameters())])
     assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-8)
-    empty = grpo.pack_groups(groups[1:], encoder, [], arguments(tiny_model, beta=0.0), "cpu")
-    assert empty["update_tokens"] == 0 and len(empty["targets"]) == 0
+    args = arguments(tiny_model, beta=0.0)
+    empty = grpo.pack_groups(grpo.groups_with_gradient(groups[1:], args), encoder, [], args, "cpu")
+    assert len(empty["targets"]) == len(empty["lengths"]) == 0
     model(**empty["inputs"]).logits.sum().backward()  # the dummy goes through tower and language model
 
 

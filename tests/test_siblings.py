@@ -7,12 +7,12 @@ import pytest
 from test_train import ROOT
 
 # What a trainer may have otherwise than train_sft.py: its objective and what it counts.
-ALL = r"SFTArguments|normalize_record|evaluate\(|sft_loss|enumerate\(packed\)|step_loss|window_tokens"
+ALL = r"SFTArguments|normalize_record|evaluate\(|sft_loss|enumerate\(rows\)|mv\.pack\(|step_loss|window_tokens"
 OWN = {
     "train_dpo.py": r"loss_finite",
-    "train_cls.py": r"load_model|step_windows|result is None|mv\.pack\(|targets for|supervised_tokens",
+    "train_cls.py": r"load_model|step_windows|result is None|supervised_tokens",
     # rollouts stand between data and exchange; several steps may learn one batch of completions
-    "train_grpo.py": r"encoded|kept|counts|data_wait|next\(|islice|bad_steps\.js|due = |if stop:|---- data|^}$|packed",
+    "train_grpo.py": r"encoded|kept|counts|data_wait|next\(|islice|bad_steps\.js|due = |if stop:|---- data|^}$",
 }
 
 
