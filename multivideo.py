@@ -65,7 +65,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
@@ -1829,19 +1828,41 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
     return row, targets, sequences
 
 
-def token_logps(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, chunk: int = 1024):
-    """Log-probability of each target, logits divided by `temperature`: logits [1, S, V], targets [S] → float32 [S].
+LOGPS_BYTES = 32 << 20  # of fp32 logits that token_logps works on at a time: what glibc hands out again and again
 
-    In chunks, recomputed in the backward pass, so that fp32 log-probabilities of all S × V are never held at once.
-    """
 
-    def logps(part, target):
-        return -F.cross_entropy(part.float() / temperature, target, reduction="none")
+class _TokenLogps(torch.autograd.Function):
+    """token_logps with nothing of size S × V beside the logits and, in the backward pass, their gradient."""
 
-    parts = zip(logits[0].split(chunk), targets.split(chunk))
-    if len(targets) <= chunk:
-        return logps(logits[0], targets)
-    return torch.cat([checkpoint(logps, part, target, use_reentrant=False) for part, target in parts])
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        ctx.rows, ctx.temperature = max(1, LOGPS_BYTES // (4 * logits.shape[1])), temperature
+        logps, normalizers = torch.empty(2, len(targets), device=logits.device)
+        for rows in _slices(len(targets), ctx.rows):
+            scaled = logits[rows].float() / temperature
+            normalizers[rows] = scaled.logsumexp(1)
+            logps[rows] = scaled.gather(1, targets[rows, None])[:, 0] - normalizers[rows]
+        ctx.save_for_backward(logits, targets, normalizers)
+        return logps
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, targets, normalizers = ctx.saved_tensors
+        output, gradient = torch.empty_like(logits), gradient / ctx.temperature
+        for rows in _slices(len(targets), ctx.rows):  # gradient × (1 at the target − probabilities)
+            part, g = logits[rows].float() / ctx.temperature, gradient[rows, None]
+            part = part.sub_(normalizers[rows, None]).exp_().mul_(-g)
+            output[rows] = part.scatter_add_(1, targets[rows, None], g)
+        return output, None, None
+
+
+def _slices(length, size):
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def token_logps(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probability of each target, logits divided by `temperature`: logits [1, S, V], targets [S] → float32 [S]."""
+    return _TokenLogps.apply(logits[0], targets, temperature)
 
 
 # ----------------------------------------------------------------------------------------------- 6. loading the model

@@ -485,8 +485,6 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
     seen = seen[:, None].expand(-1, G, -1)  # [P, G, longest + t]: for the repetition penalty
     draws = None if draws is None else draws.to(device)
 
-    silent = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)  # vision tokens, and ids of no token
-    silent[encoder.vision_ids], silent[len(encoder.tokenizer) :] = True, True
     penalty = RepetitionPenaltyLogitsProcessor(args.repetition_penalty) if args.repetition_penalty != 1 else None
     warpers = LogitsProcessorList([TopPLogitsWarper(args.top_p)] if args.top_p < 1 else [])
     warpers += [MinPLogitsWarper(args.min_p)] if args.min_p else []
@@ -497,17 +495,20 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
     rows, ended = torch.arange(P, device=device), torch.zeros(P, G, dtype=torch.bool, device=device)
     for t in range(args.max_completion_length):
         raw = logits.flatten(0, 1).float()  # [rows·G, V]
-        scores = (penalty(seen.flatten(0, 1), raw) if penalty else raw).masked_fill(silent, -math.inf)
+        scaled = raw / args.temperature
+        normalizer = scaled.logsumexp(-1)
+        scores = penalty(seen.flatten(0, 1), raw) if penalty else raw
+        if draws is not None:
+            scores = scores / args.temperature if penalty else scaled
+        scores[:, encoder.vision_ids] = scores[:, len(encoder.tokenizer) :] = -math.inf  # and ids of no token
         if draws is None:
             token = scores.argmax(-1)
         else:
-            scores /= args.temperature
             if args.top_k:
                 scores, candidates = scores.topk(min(args.top_k, scores.shape[1]))
             token = sample_tokens(warpers(None, scores), draws[rows, :, t].flatten())
             token = candidates.gather(1, token[:, None])[:, 0] if args.top_k else token
-        raw = raw / args.temperature
-        logp = raw.gather(1, token[:, None])[:, 0] - raw.logsumexp(-1)
+        logp = scaled.gather(1, token[:, None])[:, 0] - normalizer
         token, running = token.view(-1, G), ~ended[rows]
         tokens[rows, :, t] = torch.where(running, token, -1)
         logps[rows, :, t] = logp.view(-1, G)

@@ -287,16 +287,22 @@ def test_attention_without_plan_is_refused(tiny_model):
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape[1] == 3
 
 
-def test_logps_in_chunks():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("rows", [16, 50, 1000])
+def test_token_logps(monkeypatch, rows, temperature, dtype):
+    """Values and gradients, by any number of rows at a time, are those of log_softmax in fp32."""
+    monkeypatch.setattr(mv, "LOGPS_BYTES", rows * 31 * 4)
     torch.manual_seed(0)
-    logits, targets = torch.randn(1, 50, 31, requires_grad=True), torch.randint(0, 31, (50,))
-    whole = mv.token_logps(logits, targets)
-    expected = logits[0].log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    torch.testing.assert_close(whole, expected)
-    (gradient,) = torch.autograd.grad(whole.sum(), logits)
-    chunked = mv.token_logps(logits, targets, chunk=16)
-    torch.testing.assert_close(chunked, expected)
-    torch.testing.assert_close(torch.autograd.grad(chunked.sum(), logits)[0], gradient)
+    logits, targets = (10 * torch.randn(1, 50, 31)).to(dtype).requires_grad_(), torch.randint(0, 31, (50,))
+    weights = torch.randn(50)
+    ours = mv.token_logps(logits, targets, temperature)
+    expected = (logits[0].float() / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, expected)
+    gradients = [torch.autograd.grad((values * weights).sum(), logits)[0] for values in (ours, expected)]
+    torch.testing.assert_close(*gradients)
+    assert mv.token_logps(logits[:, :0], targets[:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("rows", [(1, 4), (2, 2), (4, 1)])

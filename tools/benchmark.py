@@ -5,6 +5,7 @@
     python tools/benchmark.py cls
     python tools/benchmark.py grpo
     python tools/benchmark.py data
+    python tools/benchmark.py growth
 
 The usual way: qwen_vl_utils + HF processor in a DataLoader; HF forward with `labels=`, attention sdpa, batch 1 and
 padded batch 4. Ours: SampleStream; packed rows. Same clips, same grids, same tiny model with Qwen's vocabulary of
@@ -23,6 +24,8 @@ repeats the prompt and its pixels G times, for generate and for one padded batch
 
 `data`: clips of several kinds, without the video cache and with it warm; the share of time that a loop waits for data
 with a warm cache and steps of half a second; three epochs of the demo, processes started and model saved.
+
+`growth`: how forward and backward of a row grow with videos per sample, frames, pixels and samples per row; a picture.
 """
 
 import argparse
@@ -32,7 +35,7 @@ import functools
 import json
 import os
 import platform
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -204,13 +207,14 @@ def usual_loader(dataset, batch_size, collate, shuffle=False):
 class Ways:
     """Both ways to take a training step on the first `batch_size` records, ready to be timed."""
 
+    dataset = UsualDataset
+
     def __init__(self, folder, records, args):
         self.args = args
         self.encoder = mv.Encoder(args.model_id, args)
         self.ours = [self.encoder(records[i], str(folder)) for i in range(4)]
-        usual = UsualDataset(folder, folder / "model", records, 56)
+        usual = self.dataset(folder, folder / "model", records, args.video_resized_width)
         self.usual = [usual[i] for i in range(4)]
-        assert all(int(self.ours[i]["num_tokens"]) == self.usual[i]["input_ids"].shape[1] for i in range(4))
 
     def load(self, way):
         if way == "usual":
@@ -233,14 +237,10 @@ class Ways:
         return loss.item()
 
 
-class PairWays:
+class PairWays(Ways):
     """The same of preference tuning: a step asks the model and a frozen reference for both answers of each pair."""
 
-    def __init__(self, folder, records, args, batch_size):
-        self.args, self.encoder = args, mv.Encoder(args.model_id, args)
-        self.ours = [self.encoder(records[i], str(folder)) for i in range(batch_size)]
-        usual = UsualPairs(folder, folder / "model", records, args.video_resized_width)
-        self.usual = [usual[i] for i in range(batch_size)]
+    dataset = UsualPairs
 
     def load(self, way):
         if way == "usual":
@@ -534,13 +534,18 @@ def peak_memory(folder, way, batch_size, what="sft", pixels=56):
 
 
 def measure_memory(load, step, batch_size):
-    """What peak_memory reads: prints GiB before and at most in three steps."""
+    """What peak_memory reads: prints GiB before and at most in three steps (ru_maxrss would have the parent's too)."""
+
+    def gib(name):
+        return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+
     models = load()
     step(*models, 1)  # Adam's state and workspace of the libraries
-    before = float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    before = gib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     for _ in range(3):
         step(*models, batch_size)
-    print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))
+    print(json.dumps([before, gib("VmHWM")]))
 
 
 def spread(values, digits=4):
@@ -561,110 +566,109 @@ def where_and_when():
     return f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {cpu}, {versions}"
 
 
-def write(name, lines, raw, output_dir):
-    """Print the table and write it with its raw figures."""
-    print("\n".join(lines))
-    output = Path(output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / f"{name}.md").write_text("\n".join(lines) + "\n")
-    mv.write_json(output / f"{name}.json", raw)
+class Report:
+    """The table of a benchmark, the usual way beside ours, and the figures behind it."""
+
+    def __init__(self, title: str):
+        self.lines = [f"| {title} | usual way | ours | ratio |", "|---|---|---|---|"]
+        self.raw = {"where": where_and_when(), "ratios": {}, "seconds": {}, "memory_gib": {}}
+
+    def seconds(self, name: str, usual: list[float], ours: list[float], digits=4):
+        """A row of times."""
+        text, self.raw["ratios"][name] = ratio(usual, ours)
+        self.raw["seconds"][name] = {"usual": usual, "ours": ours}
+        self.lines.append(f"| {name}, s | {spread(usual, digits)} | {spread(ours, digits)} | {text} |")
+
+    def memory(self, name: str, peaks: dict):
+        """Two rows of peak memory, from {way: (GiB before the steps, at most in them)}."""
+        (rest_usual, usual), (rest_ours, ours) = peaks["usual"], peaks["ours"]
+        self.raw["ratios"][name], self.raw["memory_gib"][name] = usual / ours, peaks
+        self.lines.append(f"| {name}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
+        usual, ours = usual - rest_usual, ours - rest_ours
+        self.lines.append(f"| … beyond libraries, weights and Adam | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
+
+    def write(self, name: str, rounds: int, output_dir: str):
+        """Print the table and write it with its figures."""
+        self.lines += ["", f"Medians of {rounds} rounds (fastest–slowest), {self.raw['where']}."]
+        print("\n".join(self.lines))
+        output = Path(output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{name}.md").write_text("\n".join(self.lines) + "\n")
+        mv.write_json(output / f"{name}.json", self.raw)
 
 
-def benchmark_data(folder: Path, args, rounds: int, output_dir: str):
-    kinds = {kind: mv.load_records(path) for kind, path in make_kinds(folder).items()}
-    times = {kind: time_kind(folder, records, args, rounds) for kind, records in kinds.items()}
-    waiting = share_of_waiting(folder, kinds["ten of each"], args, 8, 0.5, 40)
-    epochs = train_end_to_end(folder / "demo")
-    where, figures = where_and_when(), {}
-    lines = ["| ms per sample of 30 videos × 4 frames × 56 px, 2 workers | usual way | ours, no cache | ratio | "
-             "ours, cached | ratio |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for kind, ways in times.items():
-        cold, figures[f"{kind}, no cache"] = ratio(ways["usual"], ways["cold"])
-        warm, figures[f"{kind}, cached"] = ratio(ways["usual"], ways["warm"], digits=0)
-        ms = {way: spread([1000 * value for value in values], digits=1) for way, values in ways.items()}
-        lines.append(f"| {kind} | {ms['usual']} | {ms['cold']} | {cold} | {ms['warm']} | {warm} |")
-    figures |= {"share of waiting": waiting, "three epochs": epochs["usual"] / epochs["ours"]}
-    lines += [
-        "", f"Medians of {rounds} rounds (fastest–slowest), {where}.", "",
-        f"A loop with steps of 0.5 s on 8 samples (240 videos), cache warm, waits for data {waiting:.1%} of its time.",
-        "",
-        f"{EPOCHS} epochs over {DEMO_RECORDS} records of the demo, start to saved model, cache empty at the start: "
-        f"usual {epochs['usual']:.0f} s, ours {epochs['ours']:.0f} s, {epochs['usual'] / epochs['ours']:.1f}×.",
-    ]  # fmt: skip
-    raw = {"where": where, "ratios": figures, "seconds_per_sample": times, "epochs_seconds": epochs}
-    write("data", lines, raw, output_dir)
+def benchmark_data(options):
+    """Clips of several kinds, the cache, waiting, and whole runs."""
+    report = Report("ms per sample of 30 videos × 4 frames × 56 px, 2 workers")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        args = tiny_arguments(mv.TrainingArguments, folder)
+        kinds = {kind: mv.load_records(path) for kind, path in make_kinds(folder).items()}
+        for kind, records in kinds.items():
+            times = time_kind(folder, records, args, options.rounds)
+            report.seconds(f"{kind}: no cache", times["usual"], times["cold"])
+            report.seconds(f"{kind}: cached", times["usual"], times["warm"], digits=5)
+        waiting = share_of_waiting(folder, kinds["ten of each"], args, 8, 0.5, 40)
+        epochs = train_end_to_end(folder / "demo")
+    report.raw["share of waiting"] = waiting
+    report.seconds(f"{EPOCHS} epochs over {DEMO_RECORDS} records of the demo, start to saved model, once",
+                   [epochs["usual"]], [epochs["ours"]], digits=0)  # fmt: skip
+    report.lines += ["", f"A loop with steps of 0.5 s on 8 samples (240 videos), cache warm, waits for data "
+                     f"{waiting:.1%} of its time."]  # fmt: skip
+    report.write("data", options.rounds, options.output_dir)
 
 
-PAIR_CASES = {56: (1, 4), 224: (1,)}  # pixels → batch sizes
+TRAINERS = {  # what is measured of each: arguments, both ways, records, pixels → batch sizes
+    "sft": (train_sft.SFTArguments, Ways, "data.json", (train_sft.normalize_record,), {56: (1, 4)}),
+    "dpo": (train_dpo.DPOArguments, PairWays, "pairs.json", (train_dpo.normalize_record, train_dpo.FEATURES),
+            {56: (1, 4), 224: (1,)}),
+    "cls": (train_cls.ClassificationArguments, ClassifierWays, "labels.json",
+            (train_cls.normalize_record, train_cls.FEATURES), {56: (1, 4)}),
+}  # fmt: skip
 
 
-def benchmark_pairs(options):
-    lines, raw = [], {}
-    for pixels in [options.pixels] if options.pixels else PAIR_CASES:
+def tiny_arguments(arguments_class, folder: Path, pixels=56, **flags):
+    """Arguments for the tiny model in `folder`."""
+    args = arguments_class(model_id=str(folder / "model"), nframes=4, video_resized_width=pixels,
+                           video_resized_height=pixels, dataloader_num_workers=2, output_dir=str(folder / "out"),
+                           **flags)  # fmt: skip
+    assert args.check(set()) == []
+    Path(args.output_dir).mkdir(exist_ok=True)
+    return args
+
+
+def benchmark_training(options):
+    """Data, training step and memory of train_sft.py, train_dpo.py or train_cls.py."""
+    arguments_class, ways_class, file, how, cases = TRAINERS[options.what]
+    report = Report("30 videos × 4 frames")
+    for pixels in [options.pixels] if options.pixels else cases:
         with tempfile.TemporaryDirectory() as temporary:
-            native, batches = max(112, pixels), PAIR_CASES[pixels]
-            folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 12, 30, native)
-            args = train_dpo.DPOArguments(
-                model_id=str(folder / "model"), nframes=4, video_resized_width=pixels, video_resized_height=pixels,
-                dataloader_num_workers=2, output_dir=temporary, learning_rate=1e-3,
-            )  # fmt: skip
-            records = mv.load_records(str(folder / "pairs.json"), train_dpo.normalize_record, train_dpo.FEATURES)
+            vocabulary = None if options.what == "cls" else 151936
+            folder = Path(options.folder) if options.folder else make_samples(
+                Path(temporary), 12, 30, max(112, pixels), vocabulary)  # fmt: skip
+            args = tiny_arguments(arguments_class, folder, pixels, learning_rate=1e-3)
+            records, batches = mv.load_records(str(folder / file), *how), cases[pixels]
+            ways = ways_class(folder, records, args)
             if way := options.memory_of:
-                ways = PairWays(folder, records, args, options.batch_size)
                 load, step = functools.partial(ways.load, way), functools.partial(ways.step, way)
                 measure_memory(load, step, options.batch_size)
                 return
-            memory = {(way, b): peak_memory(folder, way, b, "dpo", pixels)
-                      for b in batches for way in ("usual", "ours")}  # fmt: skip
-            data = time_data(folder, records, args, options.rounds, UsualPairs)
-            steps = time_steps(PairWays(folder, records, args, max(batches)), options.rounds, batches)
-        lines += [f"| pairs of 30 videos × 4 frames × {pixels} px | usual way | ours | ratio |", "|---|---|---|---|"]
-        text, figure = ratio(data["usual"], data["ours"])
-        figures = {"data": figure}
-        lines.append(f"| data, s per pair ({native}-px clips, 2 workers) | {spread(data['usual'])} | "
-                     f"{spread(data['ours'])} | {text} |")  # fmt: skip
+            memory = {b: {way: peak_memory(folder, way, b, options.what, pixels) for way in ("usual", "ours")}
+                      for b in batches}  # fmt: skip
+            if options.what == "cls":
+                times = time_training(ways, folder, records, args, options.rounds)
+                name = f"{pixels} px, batch 4, step and data of a sample: "
+                report.seconds(f"{name}first epoch", times["usual"], times["ours"])
+                report.seconds(f"{name}later epochs", times["usual"], times["cached"])
+            else:
+                times = time_data(folder, records, args, options.rounds, ways.dataset)
+                report.seconds(f"{pixels} px, data of a sample, 2 workers", times["usual"], times["ours"])
+            times = time_steps(ways, options.rounds, batches)
         for b in batches:
-            usual, ours = steps["usual", b], steps["ours", b]
-            text, figures[f"step {b}"] = ratio(usual, ours)
-            lines.append(f"| training step, batch {b}, s per pair | {spread(usual)} | {spread(ours)} | {text} |")
+            report.seconds(f"{pixels} px, batch {b}, step alone, per sample", times["usual", b], times["ours", b])
         for b in batches:
-            (rest_usual, usual), (rest_ours, ours) = memory["usual", b], memory["ours", b]
-            figures[f"memory {b}"] = usual / ours
-            lines.append(f"| peak memory, batch {b}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
-            usual, ours = usual - rest_usual, ours - rest_ours
-            lines.append(f"| … beyond libraries, weights and Adam | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
-        lines.append("")
-        raw[pixels] = {"ratios": figures, "data": data, "steps": {f"{w} {b}": t for (w, b), t in steps.items()},
-                       "memory_gib": {f"{w} {b}": m for (w, b), m in memory.items()}}  # fmt: skip
-    where = where_and_when()
-    lines.append(f"Medians of {options.rounds} rounds (fastest–slowest), {where}.")
-    write("dpo", lines, {"where": where, **raw}, options.output_dir)
-
-
-def benchmark_classifier(options):
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = make_samples(Path(temporary), 12, 30, 112, vocab_size=None)
-        args = train_cls.ClassificationArguments(
-            model_id=str(folder / "model"), nframes=4, video_resized_width=56, video_resized_height=56,
-            dataloader_num_workers=2, output_dir=temporary,
-        )  # fmt: skip
-        args.check(set())
-        records = mv.load_records(str(folder / "labels.json"), train_cls.normalize_record, train_cls.FEATURES)
-        training = time_training(ClassifierWays(folder, records, args), folder, records, args, options.rounds)
-        steps = time_steps(ClassifierWays(folder, records, args), options.rounds)
-    lines = ["| 30 videos × 4 frames × 56 px | usual way | ours | ratio |", "|---|---|---|---|"]
-    figures, where = {}, where_and_when()
-    rows = {"training with its data, batch 4, s per sample: first epoch": (training["usual"], training["ours"]),
-            "… later epochs": (training["usual"], training["cached"]),
-            **{f"training step alone, batch {b}, s per sample": (steps["usual", b], steps["ours", b])
-               for b in (1, 4)}}  # fmt: skip
-    for name, (usual, ours) in rows.items():
-        text, figures[name] = ratio(usual, ours)
-        lines.append(f"| {name} | {spread(usual)} | {spread(ours)} | {text} |")
-    lines += ["", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."]
-    raw = {"where": where, "ratios": figures, "training": training,
-           "steps": {f"{w} {b}": t for (w, b), t in steps.items()}}  # fmt: skip
-    write("cls", lines, raw, options.output_dir)
+            report.memory(f"{pixels} px, batch {b}, peak memory", memory[b])
+    report.write(options.what, options.rounds, options.output_dir)
 
 
 def time_groups(ways, rounds):
@@ -685,45 +689,146 @@ def time_groups(ways, rounds):
 
 
 def benchmark_groups(options):
-    lines, figures, raw = ["| 30 videos × 4 frames × 56 px | usual way | ours | ratio |", "|---|---|---|---|"], {}, {}
+    """Rollout and update of train_grpo.py, for several G."""
+    report = Report("30 videos × 4 frames × 56 px, 64 new tokens")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 12, 30, 112)
         records = mv.load_records(str(folder / "data.json"), train_grpo.normalize_record, train_grpo.RECORD)
-        sizes = [options.batch_size] if options.memory_of else options.generations
-        for G in sizes:
-            args = train_grpo.GRPOArguments(
-                model_id=str(folder / "model"), nframes=4, video_resized_width=56, video_resized_height=56,
-                output_dir=temporary, num_generations=G, max_completion_length=64, beta=0.0,
-            )  # fmt: skip
-            assert args.check(set()) == []
+        for G in [options.batch_size] if options.memory_of else options.generations:
+            args = tiny_arguments(train_grpo.GRPOArguments, folder, num_generations=G, max_completion_length=64,
+                                  beta=0.0)  # fmt: skip
             ways = GroupWays(folder, records, args)
             if way := options.memory_of:
                 measure_memory(functools.partial(ways.load, way), functools.partial(ways.step, way), G)
                 return
-            times = time_groups(ways, options.rounds)
-            memory = {way: peak_memory(folder, way, G, "grpo") for way in ("usual", "ours")}
-            for part, seconds in times.items():
-                text, figures[f"{part} {G}"] = ratio(seconds["usual"], seconds["ours"])
-                lines.append(f"| {part}, G = {G}, s | {spread(seconds['usual'], 2)} | {spread(seconds['ours'], 2)} | "
-                             f"{text} |")  # fmt: skip
-            usual, ours = memory["usual"][1], memory["ours"][1]
-            figures[f"memory {G}"] = usual / ours
-            lines.append(f"| peak memory, G = {G}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
-            raw[G] = {"seconds": times, "memory_gib": memory}
-    where = where_and_when()
-    lines += ["", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."]
-    write("grpo", lines, {"where": where, "ratios": figures, **raw}, options.output_dir)
+            for part, times in time_groups(ways, options.rounds).items():
+                report.seconds(f"G = {G}, {part}", times["usual"], times["ours"], digits=2)
+            peaks = {way: peak_memory(folder, way, G, "grpo") for way in ("usual", "ours")}
+            report.memory(f"G = {G}, peak memory", peaks)
+    report.write("grpo", options.rounds, options.output_dir)
+
+
+GROWTH = {  # what grows: its values, and (videos per sample, frames, pixels, samples in the row) for each
+    "videos per sample": {n: (n, 4, 56, 1) for n in (1, 2, 4, 8, 16, 32, 64)},
+    "frames per video": {n: (30, n, 56, 1) for n in (4, 8, 16, 32, 64)},
+    "pixels per side": {n: (30, 4, n, 1) for n in (56, 112, 224, 448)},
+    "samples per row": {n: (30, 4, 56, n) for n in (1, 2, 4, 8, 16)},
+}
+USUAL_MOST = 5000  # tokens: beyond it the usual way's logits alone take more than 3 GB, and as much again twice
+
+
+class NoiseEncoder(mv.Encoder):
+    """An encoder whose videos are noise of one `shape` (frames, pixels): nothing is decoded."""
+
+    shape = (4, 56)
+
+    def clips(self, parts, folder, known_bad):
+        frames, pixels = self.shape
+        rng = np.random.default_rng(0)
+        noise = [torch.from_numpy(rng.integers(0, 256, (frames, 3, pixels, pixels), np.uint8)) for _ in parts]
+        return [(*mv.patchify(clip, self.patch_size, self.merge_size), 1.0, None) for clip in noise], False
+
+
+def padded_row(samples, encoder):
+    """Encoded samples as the usual collation has them."""
+    batch = []
+    for sample in samples:
+        ids, labels = torch.from_numpy(sample["input_ids"])[None], torch.from_numpy(sample["labels"])[None]
+        patches = mv.normalize_patches(torch.from_numpy(sample["patches"]), encoder.image_mean, encoder.image_std)
+        batch.append({
+            "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values_videos": patches,
+            "mm_token_type_ids": (ids == encoder.config.video_token_id).int() * 2,
+            "video_grid_thw": sample["video_grid_thw"], "second_per_grid_ts": [1.0] * len(sample["video_grid_thw"]),
+        })  # fmt: skip
+    return pad(batch)
+
+
+def time_growth(args, rounds):
+    """{(what grows, value): {"tokens": T, way: [seconds]}} of forward and backward, all points and ways in turn."""
+    encoder, points = NoiseEncoder(args.model_id, args), {}
+    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    for what, values in GROWTH.items():
+        for value, (videos, frames, pixels, count) in values.items():
+            encoder.shape = (frames, pixels)
+            record = mv.normalize_conversation({"video": ["noise"] * videos, "conversations": turns}, "record")
+            points[what, value] = [encoder(record, ".")] * count
+    models = {
+        "usual": transformers.AutoModelForImageTextToText.from_pretrained(args.model_id, dtype=torch.float32).train(),
+        "ours": mv.load_model(args, "cpu").train(),
+    }
+    times = {key: {"tokens": sum(s["num_tokens"] for s in samples)} for key, samples in points.items()}
+    for r in range(rounds + 1):
+        for key, samples in points.items():
+            losses = {}
+            for way, model in models.items():
+                if way == "usual":
+                    if times[key]["tokens"] > USUAL_MOST:
+                        continue
+                    model.model.rope_deltas = None
+                    batch = padded_row(samples, encoder)  # the processor's work: not timed
+                started = time.perf_counter()
+                if way == "usual":
+                    loss = model(**batch, use_cache=False).loss
+                else:
+                    inputs, targets, _ = mv.pack(samples, encoder, "cpu")
+                    loss = train_sft.sft_loss(model(**inputs).logits, targets) / len(targets)
+                loss.backward()
+                seconds = time.perf_counter() - started
+                model.zero_grad()
+                losses[way] = loss.item()
+                if r:  # the first round warms up
+                    times[key].setdefault(way, []).append(seconds)
+            assert abs(losses["ours"] - losses.get("usual", losses["ours"])) < 1e-4, (key, losses)
+    return times
+
+
+def benchmark_growth(options):
+    """How a step's time grows with each thing that a row can have more of: tables, exponents and a picture."""
+    from matplotlib.figure import Figure
+
+    with tempfile.TemporaryDirectory() as temporary:
+        save_tiny_model(Path(temporary) / "model", vocab_size=151936)
+        args = tiny_arguments(train_sft.SFTArguments, Path(temporary), max_seq_length=10**6)
+        times = time_growth(args, options.rounds)
+    report, middle = Report(""), statistics.median
+    report.lines = ["Forward and backward of one row. Exponent: time ~ tokens^exponent, fitted to all points; 1: "
+                    "time per token is flat.", ""]  # fmt: skip
+    figure = Figure((16, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(GROWTH))
+    for ax, (what, values) in zip(axes, GROWTH.items()):
+        rows = [times[what, value] for value in values]
+        report.raw["seconds"][what] = {value: times[what, value] for value in values}
+        told = {}
+        for way in ("usual", "ours"):
+            tokens = [row["tokens"] for row in rows if way in row]
+            seconds = [middle(row[way]) for row in rows if way in row]
+            told[way] = np.polyfit(np.log(tokens), np.log(seconds), 1)[0]
+            label = f"{'usual way' if way == 'usual' else way}: tokens^{told[way]:.2f}"
+            ax.plot(list(values)[: len(tokens)], [1e6 * s / t for s, t in zip(seconds, tokens)], "o-", label=label)
+        report.raw["ratios"][what] = {f"exponent, {way}": value for way, value in told.items()}
+        ax.set(xscale="log", yscale="log", xlabel=what, xticks=list(values), xticklabels=list(values))
+        ax.minorticks_off()
+        ax.legend()
+        report.lines += [f"| {what} | tokens in the row | usual way, s | ours, s | ours, µs per token | ratio |",
+                         "|---|---|---|---|---|---|"]  # fmt: skip
+        for value, row in zip(values, rows):
+            usual = spread(row["usual"]) if "usual" in row else "not run"
+            each = 1e6 * middle(row["ours"]) / row["tokens"]
+            times_as_fast = ratio(row["usual"], row["ours"])[0] if "usual" in row else ""
+            report.lines.append(f"| {value} | {row['tokens']} | {usual} | {spread(row['ours'])} | {each:.0f} | "
+                                f"{times_as_fast} |")  # fmt: skip
+        report.lines += ["", f"Exponents: usual way {told['usual']:.2f}, ours {told['ours']:.2f}.", ""]
+    axes[0].set_ylabel("µs per token, forward and backward")
+    report.lines.append(f"The usual way is not run above {USUAL_MOST} tokens: its logits would not fit.")
+    report.write("growth", options.rounds, options.output_dir)
+    figure.savefig(Path(options.output_dir) / "growth.png", dpi=110)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "what",
-        choices=["sft", "dpo", "cls", "grpo", "data"],
-        help="which trainer's data and step, or which data, to measure",
-    )
+    parser.add_argument("what", choices=["sft", "dpo", "cls", "grpo", "data", "growth"], help="what to measure")
     parser.add_argument("--generations", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="grpo: values of G")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds; each runs every way once")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds; each runs every way once")
     parser.add_argument("--output_dir", default="benchmarks", help="folder for the table and the JSON")
     parser.add_argument("--pixels", type=int, help="dpo: only this size of the videos (default: 56 and 224)")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -734,49 +839,8 @@ def main():
     if options.what == "data" and options.folder:
         usual_training(Path(options.folder))
         return
-    benchmarks = {"dpo": benchmark_pairs, "cls": benchmark_classifier, "grpo": benchmark_groups}
-    if options.what in benchmarks:
-        benchmarks[options.what](options)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        args = mv.TrainingArguments(
-            model_id=str(Path(options.folder or temporary) / "model"), nframes=4, video_resized_width=56,
-            video_resized_height=56, dataloader_num_workers=2, output_dir=temporary,
-        )  # fmt: skip
-        if options.what == "data":
-            benchmark_data(Path(temporary), args, options.rounds, options.output_dir)
-            return
-        folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 12, 30, 112)
-        records = mv.load_records(str(folder / "data.json"))
-        if options.memory_of:
-            ways, way = Ways(folder, records, args), options.memory_of
-            measure_memory(functools.partial(ways.load, way), functools.partial(ways.step, way), options.batch_size)
-            return
-        memory = {(way, b): peak_memory(folder, way, b) for b in (1, 4) for way in ("usual", "ours")}
-        data = time_data(folder, records, args, options.rounds)
-        steps = time_steps(Ways(folder, records, args), options.rounds)
-
-    lines = ["| 30 videos × 4 frames × 56 px | usual way | ours | ratio |", "|---|---|---|---|"]
-    figures = {}
-
-    def add(name, usual, ours):
-        text, figures[name] = ratio(usual, ours)
-        lines.append(f"| {name} | {spread(usual)} | {spread(ours)} | {text} |")
-
-    add("data, s per sample (112-px clips, 2 workers)", data["usual"], data["ours"])
-    for b in (1, 4):
-        add(f"training step, batch {b}, s per sample", steps["usual", b], steps["ours", b])
-    for b in (1, 4):
-        (rest_usual, usual), (rest_ours, ours) = memory["usual", b], memory["ours", b]
-        figures[f"memory {b}"] = usual / ours
-        lines.append(f"| peak memory, batch {b}, GiB | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
-        usual, ours = usual - rest_usual, ours - rest_ours
-        lines.append(f"| … beyond libraries, weights and Adam | {usual:.2f} | {ours:.2f} | {usual / ours:.1f}× |")
-    where = where_and_when()
-    lines += ["", f"Medians of {options.rounds} rounds (fastest–slowest), {where}."]
-    raw = {"where": where, "ratios": figures, "data": data, "steps": {f"{w} {b}": t for (w, b), t in steps.items()},
-           "memory_gib": {f"{w} {b}": m for (w, b), m in memory.items()}}  # fmt: skip
-    write("sft", lines, raw, options.output_dir)
+    benchmarks = {"grpo": benchmark_groups, "data": benchmark_data, "growth": benchmark_growth}
+    benchmarks.get(options.what, benchmark_training)(options)
 
 
 if __name__ == "__main__":
