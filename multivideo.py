@@ -115,7 +115,11 @@ class TrainingArguments:
     gradient_checkpointing: bool = arg(False, "Recompute activations in the backward pass: less memory, slower.")
 
     # adapters: LoRA beside frozen weights, which may be quantised
-    lora_enable: bool = arg(False, "Train LoRA adapters on the frozen language model (needs --freeze_llm True).")
+    lora_enable: bool = arg(
+        False,
+        "Train LoRA adapters on the frozen language model (needs --freeze_llm True). Tower and merger are trained in "
+        "full beside them, and peft keeps a frozen copy, unless --freeze_vision_tower and --freeze_merger.",
+    )
     vision_lora: bool = arg(False, "Put adapters on the frozen vision tower and merger too.")
     use_dora: bool = arg(False, "DoRA: adapters that train the direction and the length of weights apart.")
     lora_rank: int = arg(64, "Rank of the adapters.")
@@ -132,7 +136,9 @@ class TrainingArguments:
     lora_weight_path: str | None = arg(
         None, "Folder of an adapter to go on from: its rank, alpha, DoRA, biases and modules stand for the flags."
     )
-    bits: int = arg(16, "Hold the frozen language model in 8 or 4 bits (QLoRA).", choices=[16, 8, 4])
+    bits: int = arg(
+        16, "Hold the frozen language model in 8 or 4 bits (QLoRA): one process or DDP.", choices=[16, 8, 4]
+    )
     quant_type: str = arg("nf4", "Number format of --bits 4.", choices=["nf4", "fp4"])
     double_quant: bool = arg(True, "Quantise the scales of --bits 4 as well.")
 

@@ -221,6 +221,13 @@ class ScoreLinear(torch.nn.Linear):
 class VideoSequenceClassifier(GenericForSequenceClassification):
     """The library's classifier on a family's base model, for packed rows too; `score` is its head.
 
+        model = Qwen2_5_VLForSequenceClassification.from_pretrained("out")    # names: model.config.id2label
+        logits = model(**processor(text=[prompt], videos=videos, return_tensors="pt")).logits
+
+    `prompt` comes from apply_chat_template(…, add_generation_prompt=True); a regression's numbers are
+    `logits * config.target_std + config.target_mean`. An adapter goes on top, with PeftModel.from_pretrained, of
+    `….from_pretrained(base, config=AutoConfig.from_pretrained("out"))`.
+
     Without `pool_positions` it is used as any other (padded batches, `labels=`): the last token that is not padding
     gives the logits. With them, a packed row [1, T] gives logits [B, C] at these positions.
     """

@@ -58,13 +58,17 @@ class GRPOArguments(mv.TrainingArguments):
     """The shared flags and those of rollouts, rewards and the objective."""
 
     per_device_train_batch_size: int = mv.arg(
-        1, "Prompts packed into one row, per process, each with its completions."
+        1, "Prompts packed into one row, per process, each with its completions (TRL counts completions)."
     )
     learning_rate: float = mv.arg(1e-6, "Peak learning rate.")
     metric_for_best_model: str = mv.arg("eval_reward", "Metric of an evaluation that decides which one is best.")
 
     # rollouts
-    num_generations: int = mv.arg(8, "Completions sampled from each prompt: the group that rewards are compared in.")
+    num_generations: int = mv.arg(
+        8,
+        "Completions sampled from each prompt: the group that rewards are compared in. ZeRO-3 and FSDP2 gather all "
+        "weights on every GPU to sample.",
+    )
     max_completion_length: int = mv.arg(256, "Most tokens of a completion.")
     max_prompt_length: int | None = mv.arg(
         None, "Longest prompt in tokens, visual tokens included (default: what completions leave of --max_seq_length)."
@@ -84,7 +88,12 @@ class GRPOArguments(mv.TrainingArguments):
     # rewards
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
-        metadata={"help": "Rewards: accuracy, format, numeric, choice, or your own as file.py:function."},
+        metadata={
+            "help": "Rewards. accuracy: the answer is the reference but for case, spaces and outer punctuation, "
+            "or equal by math_verify. format: <think>…</think> <answer>…</answer>. choice: the same letter. "
+            "numeric: max(0, 1 − |x − y| / |y|) for the last number x, the reference's y. Or your own as "
+            "file.py:function, called as in TRL with prompts, completions and every column of the records."
+        },
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "A weight for each of --reward_funcs (default: 1 for each)."}
@@ -92,7 +101,9 @@ class GRPOArguments(mv.TrainingArguments):
 
     # objective
     beta: float = mv.arg(0.04, "Weight of the KL divergence from the model at the start; 0: no such model is held.")
-    num_iterations: int = mv.arg(1, "Optimizer steps taken on each batch of completions.")
+    num_iterations: int = mv.arg(
+        1, "Optimizer steps taken on each batch of completions; evaluation and checkpoints wait for the last of them."
+    )
     epsilon: float = mv.arg(0.2, "The probability ratio is clipped at 1 − epsilon.")
     epsilon_high: float | None = mv.arg(
         None, "The probability ratio is clipped at 1 + epsilon_high (default: epsilon)."

@@ -1,12 +1,19 @@
-"""The README's commands parse, and its files exist."""
+"""What the README says is there: its commands parse, its files, flags, records, sizes, metrics and messages exist."""
 
+import argparse
+import ast
+import json
+import os
 import re
+import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_train import ROOT
+from accelerate.commands.launch import launch_command_parser
+from transformers import HfArgumentParser
 
 import multivideo as mv
 import train_cls
@@ -14,48 +21,277 @@ import train_dpo
 import train_grpo
 import train_sft
 
-SCRIPTS = {"train_sft.py": train_sft.SFTArguments, "train_dpo.py": train_dpo.DPOArguments,
-           "train_cls.py": train_cls.ClassificationArguments, "train_grpo.py": train_grpo.GRPOArguments}  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [command.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-            for command in re.findall(r"accelerate launch(?:[^\n]*\\\n)*[^\n]*", block)]  # fmt: skip
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+BLOCKS = {
+    kind: [text for other, text in FENCED.findall(README) if other == kind] for kind in ("bash", "sh", "json", "")
+}
+PROSE = FENCED.sub("", README)
+INLINE = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", PROSE)]  # a code span may go over two lines
+PROGRAMS = ("make", "pip", "python", "accelerate", "source")
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("train_*.py"), *ROOT.glob("tools/*.py")]
+                 if '__name__ == "__main__"' in path.read_text())  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command, tmp_path, monkeypatch, capsys):
-    """Every flag is real and nothing conflicts; the data is a stand-in."""
-    words = shlex.split(command)
-    config = words[words.index("--config_file") + 1]
-    assert (ROOT / config).is_file()
-    script = next(word for word in words if word in SCRIPTS)
-    argv = words[words.index(script) + 1 :]
-    for flag in {"--data_path", "--eval_path"} & set(argv):
-        (tmp_path / argv[argv.index(flag) + 1]).write_text("[]")
-    (tmp_path / "videos").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script])
-    mv.parse_arguments(SCRIPTS[script], argv)
+def words_of(blocks: list[str]) -> list[list[str]]:
+    """The commands that bash would run for the blocks, one shell for all, as lists of words; nothing is run."""
+    told = "".join(f'{name}() {{ printf "%s\\0" {name} "$@"; printf "\\0"; }}\n' for name in PROGRAMS)
+    shell = subprocess.run(["bash", "-eu", "-c", told + "PATH=\n" + "".join(blocks)], capture_output=True, text=True)
+    assert (shell.returncode, shell.stderr) == (0, ""), shell.stderr
+    return [command.split("\0") for command in shell.stdout.split("\0\0")[:-1]]
+
+
+COMMANDS = [*words_of(BLOCKS["bash"]), *(shlex.split(code) for code in INLINE
+                                         if code.startswith(PROGRAMS) and " " in code)]  # fmt: skip
+
+
+class Parsed(BaseException):
+    """Ends a script where its arguments have been read; no handler of errors takes it."""
+
+
+def run_until_parsed(script: str, argv: list[str], monkeypatch, parse: bool = True) -> set[str]:
+    """Run a script as it is run from the command line until it has read `argv`; return the flags that it knows.
+
+    Without `parse` it ends just before, whatever `argv` is.
+    """
+
+    def ended(action):
+        def end(first, *rest, **kwargs):
+            if parse:
+                action(first, *rest, **kwargs)
+            parser = first if isinstance(first, argparse.ArgumentParser) else HfArgumentParser(first)
+            raise Parsed({option for option in parser._option_string_actions if option.startswith("-")})
+
+        return end
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", ended(argparse.ArgumentParser.parse_args))
+        patch.setattr(mv, "parse_arguments", ended(mv.parse_arguments))
+        patch.setattr(sys, "argv", [str(ROOT / script), *argv])
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(os, "environ", dict(os.environ))
+        patch.setattr("signal.signal", lambda *handler: None)
+        with pytest.raises(Parsed) as told:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    return told.value.args[0]
+
+
+def script_of(command: list[str]) -> list[str]:
+    """The Python script that a command runs, and the script's arguments."""
+    program, *words = command
+    if program == "accelerate":
+        launch = launch_command_parser().parse_args(words[1:])
+        assert words[0] == "launch" and (ROOT / launch.config_file).is_file()
+        words = [launch.training_script, *launch.training_script_args]
+    return words
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command)[:70])
+def test_commands_parse(command, tmp_path, monkeypatch):
+    """Files exist, every flag is real, nothing conflicts; the data and the trained model are stand-ins."""
+    program, *words = command
+    monkeypatch.chdir(ROOT)
+    if program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif program == "pip":
+        assert words[:2] == ["install", "-r"] and Path(words[2]).is_file()
+    elif program == "source":
+        assert words == [".venv/bin/activate"] and ".venv" in (ROOT / "Makefile").read_text()
+    else:
+        script, *argv = script_of(command)
+        (tmp_path / "videos").mkdir()
+        (tmp_path / "out").mkdir()
+        for flag in {"--data_path", "--eval_path"} & set(argv):
+            (tmp_path / argv[argv.index(flag) + 1]).write_text("[]")
+        monkeypatch.chdir(tmp_path)
+        run_until_parsed(script, argv, monkeypatch)
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 5
+    """Every trainer and all that a person does with data of their own is among them."""
+    told = {word for command in COMMANDS for word in command}
+    assert told > {f"train_{name}.py" for name in ("sft", "dpo", "grpo", "cls")} | {"accelerate_configs/ddp.yaml"}
+    tools = ["check_data", "preview", "cache_videos", "plot_metrics", "predict", "merge_lora", "app", "benchmark"]
+    assert told > {f"tools/{name}.py" for name in tools} | {"demo", "test", "soak"}
+
+
+def test_wrong_commands_fail(tmp_path, monkeypatch):
+    """A flag that does not exist is noticed, in argparse's scripts and in ours."""
+    for script, argv in (("tools/merge_lora.py", ["--model_id", "x", "--output_path", "y"]),
+                         ("tools/plot_metrics.py", ["out"])):  # fmt: skip
+        run_until_parsed(script, argv, monkeypatch)
+        with pytest.raises(SystemExit):
+            run_until_parsed(script, [*argv, "--no_such_flag", "1"], monkeypatch)
+    (tmp_path / "data.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    for script in ("train_sft.py", "tools/preview.py", "tools/predict.py"):
+        run_until_parsed(script, ["--data_path", "data.json"], monkeypatch)
+        with pytest.raises(SystemExit):
+            run_until_parsed(script, ["--data_path", "data.json", "--no_such_flag", "1"], monkeypatch)
+
+
+def test_shell_scripts_are_valid():
+    for block in BLOCKS["sh"]:
+        subprocess.run(["bash", "-n", "-c", block], check=True)
+
+
+FOREIGN_FLAGS = {"--signal"}  # SLURM's
+
+
+def test_flags_exist(monkeypatch):
+    """Every flag that the README names anywhere is one of a trainer, a tool or the launcher."""
+    known = FOREIGN_FLAGS | {"--help"}
+    commands = [script_of(command) for command in COMMANDS if command[0] in ("python", "accelerate")]
+    for script, *argv in [*([script, "--data_path", "data.json"] for script in SCRIPTS), *commands]:
+        known |= run_until_parsed(script, argv, monkeypatch, parse=False)
+    named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", README))
+    launchers = launch_command_parser()._option_string_actions.keys()
+    assert len(named) > 50
+    assert {flag for flag in named - known if flag not in launchers} == set()
 
 
 def test_files_exist():
-    tree = README.split("## Files")[1].split("```")[1]
+    tree = BLOCKS[""][0]
     names = re.findall(r"^(\S+)  ", tree, re.M)
-    assert len(names) >= 9
-    assert all((ROOT / name).exists() for name in names)
+    assert len(names) >= 15
+    assert [name for name in names if not (ROOT / name).exists()] == []
+    files = re.findall(r"\w+\.py", tree)
+    assert [name for name in files if not (ROOT / name).exists() and not (ROOT / "tools" / name).exists()] == []
     shipped = {path.name for path in [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]}
-    assert all(name in tree for name in shipped), "a script is missing in the file tree"
+    assert [name for name in shipped if name not in tree] == [], "a script is missing in the file tree"
     configs = {path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml")}
-    assert all(config in tree for config in configs)
+    assert configs == set(re.search(r"^accelerate_configs/ +(.*)$", tree, re.M)[1].split(", "))
+    assert {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "."} & {
+        "examples", "benchmarks", "tests"} <= set(re.findall(r"(\w+)/", tree))  # fmt: skip
+
+
+def test_named_files_exist():
+    """Python files of the prose are the project's, or what a run writes; so are JSON files."""
+    written = {"file.py", "a.mp4", "metrics.jsonl", "arguments.json", "predictions.jsonl", "completions.jsonl",
+               "bad_videos.jsonl", "bad_steps.jsonl"}  # fmt: skip
+    shipped = {path.name for path in [*ROOT.glob("*.*"), *ROOT.glob("tools/*"), *ROOT.glob("benchmarks/*")]}
+    named = set(re.findall(r"[\w-]+\.(?:py|jsonl?|md|txt|mp4|yaml)\b", " ".join(i for i in INLINE if " " not in i)))
+    assert len(named) > 8
+    assert named - shipped - written - {"soak.md"} == set()  # make soak writes it
+    source = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("t*/*.py")])
+    assert [name for name in {*written, "soak.md"} - {"file.py", "a.mp4"} if name not in source] == []
+
+
+NORMALIZE = {"sft": train_sft.normalize_record, "dpo": train_dpo.normalize_record, "cls": train_cls.normalize_record,
+             "grpo": train_grpo.normalize_record}  # fmt: skip
+
+
+def read_objects(text: str) -> list:
+    """JSON objects one after another."""
+    decoder, objects = json.JSONDecoder(), []
+    while text := text.strip():
+        value, end = decoder.raw_decode(text)
+        objects.append(value)
+        text = text[end:]
+    return objects
+
+
+def shape(record: dict) -> frozenset:
+    """The fields of a record: what makes its format."""
+    return frozenset(record) - {"id"}
+
+
+def test_records_are_read():
+    """Each is one of its trainer's, has several videos, and examples/ has a record of the same fields."""
+    (block,) = BLOCKS["json"]
+    records = read_objects(block)
+    assert len(records) == 5
+    examples = {shape(record) for path in (ROOT / "examples").iterdir() for _, record in mv.read_records(str(path))}
+    for record, name in zip(records, ["sft", "sft", "dpo", "grpo", "cls"]):
+        row = NORMALIZE[name](record, "README")
+        assert len(mv.record_files(row)) > 1, record
+        assert shape(record) in examples, record
+    (video,) = (json.loads(code) for code in INLINE if code.startswith('{"video"'))
+    options = set(mv.PART) - {"type", "text", "files"}
+    row = train_sft.normalize_record({**records[0], "video": [video] * 3}, "README")
+    told = next(line for line in README.split("\n- ") if line.startswith("A video is a path"))
+    assert row["messages"][0]["content"][0]["end"] == 9
+    assert options == {name for name in options if f"`{name}`" in told or f'"{name}"' in told}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").iterdir()), ids=lambda path: path.name)
+def test_examples_are_read(path):
+    """Every file of examples/ is read by the trainer of its name, the shared ones by train_sft.py."""
+    name = path.name.split("_")[0].split(".")[0]
+    options = {}
+    if name == "cls":
+        kinds = {"single_label": train_cls.SINGLE, "multi_label": train_cls.MULTI, "regression": train_cls.REGRESSION}
+        options = {"problem_type": kinds[path.stem.removeprefix("cls_")], "default_prompt": "Open?"}
+    rows = [NORMALIZE.get(name, train_sft.normalize_record)(record, where, **options)
+            for where, record in mv.read_records(str(path))]  # fmt: skip
+    assert len(rows) > 1
+
+
+def test_sizes(tmp_path, monkeypatch):
+    """The table's frames, sizes and tokens are what its flags make of its video."""
+    table = README.split("| flags |")[1].split("\n\n")[0].splitlines()
+    seconds, width, height = map(int, re.search(r"(\d+)-s video of (\d+)×(\d+)", table[0]).groups())
+    assert len(table) >= 4
+    part = dict.fromkeys(mv.PART) | {"type": "video"}
+    (tmp_path / "data.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    for line in table[2:]:
+        flags, one, thirty = line.strip("| ").split(" | ")
+        argv = ["--data_path", "data.json", *shlex.split(re.search("`(.*?)`", flags)[1])]
+        args = mv.parse_arguments(train_sft.SFTArguments, argv)
+        if "none" in flags:
+            bounds = f"{args.video_min_pixels:,} to {args.video_max_pixels:,} pixels"
+            assert bounds in flags and args.fps == mv.TrainingArguments.fps
+        frames = len(mv.sample_frames(part, seconds * 30, 30.0, args)[0])
+        sides = mv.target_size(part, height, width, frames, args, 28)
+        tokens = mv.visual_tokens(frames, *sides, 28)
+        assert one == f"{frames} frames of {sides[1]}×{sides[0]}: {tokens:,} tokens", one
+        assert thirty == f"{30 * tokens:,} tokens"
 
 
 def test_metrics_are_explained():
-    source = "".join(Path(ROOT / script).read_text() for script in SCRIPTS)
+    source = "".join((ROOT / f"train_{name}.py").read_text() for name in NORMALIZE)
     counted = "".join(re.findall(r"(?:counts|row) = \{\n(.*?)\n +\}", source, re.S))
     table = README.split("## What the metrics mean")[1].split("## ")[0]
-    names = ["reward", "rewards/NAME", "completions/mean_length", "eval_reward", *train_dpo.METRICS]
-    for name in [*names, *re.findall(r'"([\w/]+)":', counted)]:
-        assert f"`{name}`" in table, name
+    names = ["reward", "rewards/NAME", "completions/mean_length", "eval_reward", "eval_loss", "not_finite",
+             *train_dpo.METRICS, *re.findall(r'"(completions/\w+)":', source),
+             *(f"eval_{name}" for kind in train_cls.METRICS.values() for name in kind),
+             *re.findall(r'"([\w/]+)":', counted)]  # fmt: skip
+    assert [name for name in names if f"`{name}`" not in table] == []
+    named = set(re.findall(r"`([\w/]+)`(?=[^|]*\|[^|]*\|$)", table, re.M))
+    parts = {name.removeprefix("eval_").removesuffix("/NAME") for name in named}
+    assert len(named) > 40 and [part for part in parts if part not in source] == []
+
+
+ELSEWHERE = {"unsupported operand type(s)", "The length of fps (1)", "CUDA out of memory"}  # other projects' messages
+
+
+def test_messages_are_ours():
+    """The messages under Trouble, with … for what varies, are in the source."""
+    texts = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    with pytest.raises(ValueError) as told:
+        turn = {"from": "human", "value": "<video><video>What happens?"}
+        mv.normalize_conversation({"video": ["a.mp4"], "conversations": [turn]}, "record 0")
+    texts.append(str(told.value))  # its "video" is one of two
+    table = README.split("| message |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 5
+    for line in table:
+        message = re.match(r"\| `(.*?)` \|", line)[1]
+        parts = re.sub(r"--\w+", "--…", message).split("…")  # flags are often filled in
+        pattern = re.compile(".+?".join(re.escape(part.strip()) for part in parts), re.S)
+        known = any(message.startswith(start) for start in ELSEWHERE)
+        assert known or any(pattern.search(re.sub(r"--\w+", "--…", f"… {text} …")) for text in texts), message
+
+
+def test_length():
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    assert [line for line in lines if len(line) > 119] == []
