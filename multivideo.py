@@ -67,6 +67,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 # Qwen's reference numbers (qwen_vl_utils 0.0.14): frames per second, frames, tokens.
 FRAME_FACTOR = 2  # frames merged into one temporal patch: frame counts are multiples of it
@@ -1768,6 +1769,20 @@ def use_packed_attention(model, kernel: str):
             module.config._attn_implementation = f"flash_packed_{kernel}"
 
 
+class PatchProjection(torch.nn.Module):
+    """The tower's Conv3d, whose kernel is one whole patch, as the matrix product that it is: [P, 3, 2, p, p] → [P, D].
+
+    The weight keeps its name and its shape [D, 3, 2, p, p].
+    """
+
+    def __init__(self, convolution: torch.nn.Conv3d):
+        super().__init__()
+        self.weight = convolution.weight
+
+    def forward(self, patches):
+        return F.linear(patches.flatten(1), self.weight.flatten(1))
+
+
 def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Tensor:
     """uint8 [P, 3·2·patch²] → float32, (x − 255·mean) / (255·std) per colour channel, as the HF processors fuse it."""
     mean = torch.tensor(image_mean, device=patches.device)[:, None] * 255
@@ -1775,14 +1790,50 @@ def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Ten
     return patches.unflatten(1, (3, -1)).float().sub_(mean).div_(std).flatten(1)  # in place: it is large
 
 
+@functools.lru_cache(4096)
+def _clip_in_tower(grid, merge_size, patch_size, window_size):
+    """Of one clip: positions of its patches, their order by windows (of merged tokens) and the windows' ends."""
+    grid = torch.tensor([grid])
+    parts = [get_vision_position_ids(grid, merge_size)]
+    if window_size:
+        order, ends = get_vision_window_index(grid, merge_size, window_size, patch_size)
+        parts += [order, ends[1:]]
+    return [part.numpy() for part in parts]
+
+
+def tower_inputs(grids: np.ndarray, encoder: Encoder, device) -> dict:
+    """What the tower computes from its grids [N, 3] in a loop over clips, on the device: here once for each grid.
+
+    Keywords of the model's forward, which transformers hands on to the tower: see its vision_utils.
+    """
+    window_size = getattr(encoder.config.vision_config, "window_size", None)  # Qwen2.5-VL's
+    clips = [_clip_in_tower(tuple(grid), encoder.merge_size, encoder.patch_size, window_size)
+             for grid in grids.tolist()]  # fmt: skip
+    patches = grids.prod(1)
+    starts = patches.cumsum() - patches
+
+    def cumulative(name, ends):
+        bounds = np.concatenate([[0], ends]).astype(np.int32)
+        return {f"cu_{name}s": bounds, f"max_{name}": int(np.diff(bounds).max())}
+
+    inputs = {"position_ids": np.concatenate([clip[0] for clip in clips])}
+    inputs |= cumulative("seqlen", np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0]).cumsum())  # attention by frame
+    if window_size:
+        merged = starts // encoder.merge_size**2
+        inputs["window_index"] = np.concatenate([clip[1] + start for clip, start in zip(clips, merged)])
+        inputs |= cumulative("window_seqlen", np.concatenate([clip[2] + s for clip, s in zip(clips, starts)]))
+    return {f"video_{name}": torch.from_numpy(value).to(device, non_blocking=True)
+            if isinstance(value, np.ndarray) else value for name, value in inputs.items()}  # fmt: skip
+
+
 def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Pack encoded samples without padding into one row: `(model inputs, targets, sequences)`.
 
     Inputs: `input_ids` [1, T], `position_ids` [4, 1, T], `plan`, `pixel_values_videos` [P, 1176], `video_grid_thw`
-    [N, 3], `logits_to_keep` [S], `use_cache` False. Targets: int64 [S], the token that each kept position predicts.
-    Sequences: int64 [S], which sequence of the row a target belongs to: a sample is one, or has one per answer that
-    shares its prompt. A row without vision gets one video token as its own segment (grid 1×2×2, zero patches, no
-    target), so that the tower takes part in every forward on every rank.
+    [N, 3] and what tower_inputs has of it, `logits_to_keep` [S], `use_cache` False. Targets: int64 [S], the token that
+    each kept position predicts. Sequences: int64 [S], which sequence of the row a target belongs to: a sample is one,
+    or has one per answer that shares its prompt. A row without vision gets one video token as its own segment (grid
+    1×2×2, zero patches, no target), so that the tower takes part in every forward on every rank.
     """
     samples = [sample for sample in samples if "input_ids" in sample]
     if not any(len(sample["video_grid_thw"]) for sample in samples):
@@ -1828,6 +1879,7 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
         "plan": AttentionPlan.make(lengths, prefixes, device),
         "pixel_values_videos": pixels,
         "video_grid_thw": together("video_grid_thw"),
+        **tower_inputs(np.concatenate([sample["video_grid_thw"] for sample in samples]), encoder, device),
         "logits_to_keep": kept,
         "use_cache": False,
     }
@@ -1919,6 +1971,7 @@ def load_model(
         source, config=config, cache_dir=args.cache_dir, dtype=dtype, attn_implementation="sdpa",
         output_loading_info=True, **quantization(args, low, device),
     )  # fmt: skip
+    model.model.visual.patch_embed.proj = PatchProjection(model.model.visual.patch_embed.proj)
     head = {name for name, _ in model.named_parameters() if part_of(name) == "head"}
     fresh_head = bool(head) and source == args.model_id and set(info["missing_keys"]) == head
     if missing := set() if fresh_head else info["missing_keys"]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import hf_inputs, hf_loss, write_clip
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, vision_utils
 
 import multivideo as mv
 from train_sft import normalize_record, sft_loss
@@ -303,6 +303,32 @@ def test_token_logps(monkeypatch, rows, temperature, dtype):
     gradients = [torch.autograd.grad((values * weights).sum(), logits)[0] for values in (ours, expected)]
     torch.testing.assert_close(*gradients)
     assert mv.token_logps(logits[:, :0], targets[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("family", ["tiny_model", "tiny_qwen2_vl"])
+def test_tower_inputs(family, request):
+    """What the tower gets ready-made is what it would compute itself from mixed grids, under the names it takes."""
+    encoder = mv.Encoder(model_id := request.getfixturevalue(family), arguments(model_id))
+    grids = np.array([[2, 4, 4], [1, 10, 36], [3, 8, 18], [2, 4, 4], [1, 2, 2]])
+    ours = mv.tower_inputs(grids, encoder, "cpu")
+    model, grid = mv.load_model(arguments(model_id), "cpu").eval(), torch.tensor(grids)
+    expected = {"position_ids": vision_utils.get_vision_position_ids(grid, 2)}
+    expected["cu_seqlens"], expected["max_seqlen"] = vision_utils.get_vision_attention_seqlens(
+        grid, model.config.vision_config
+    )
+    if family == "tiny_model":
+        order, bounds = vision_utils.get_vision_window_index(grid, 2, 112, 14)
+        expected |= {"window_index": order, "cu_window_seqlens": bounds, "max_window_seqlen": 64}
+    assert ours.keys() == {f"video_{name}" for name in expected}
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[f"video_{name}"], value, rtol=0, atol=0)
+    pixels = torch.randn(int(grids.prod(1).sum()), encoder.patch_dim)
+    outputs = []
+    for keywords in (ours, {}):
+        left = {name.removeprefix("video_"): value for name, value in keywords.items()}
+        with torch.no_grad():
+            outputs.append(model.model.visual(pixels, grid_thw=grid, **left).pooler_output)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rows", [(1, 4), (2, 2), (4, 1)])
