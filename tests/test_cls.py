@@ -3,14 +3,11 @@
 import contextlib
 import json
 import math
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1073,22 +1070,3 @@ def test_two_processes_equal_one(train, wide_model, folder, tmp_path, config):
     assert all((value - expected[name]).abs().max() <= 1e-5 for name, value in weights.items())
     for ours, theirs in zip(predictions(tmp_path / "two"), predictions(tmp_path / "one"), strict=True):
         assert ours["id"] == theirs["id"] and ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-6)
-
-
-def test_killed_and_continued(train, wide_model, folder, tmp_path):
-    """SIGKILL in the middle: the same command goes on, and ends as if nothing had happened."""
-    flags = ["--save_steps", 1, "--max_steps", 12, "--eval_path", folder / f"{SINGLE}.json"]
-    command = [sys.executable, "train_cls.py", *run_flags(wide_model, folder), *map(str, flags)]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([*command, "--output_dir", tmp_path / "a"], cwd=ROOT, stdout=log, stderr=log,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not mv.list_checkpoints(tmp_path / "a") and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "a" / "model.safetensors").exists()
-    resumed = train(tmp_path / "a", *flags, "--resume_from_checkpoint", "auto")
-    assert resumed == train(tmp_path / "b", *flags)
-    expected = load_file(tmp_path / "b" / "model.safetensors")
-    assert all(torch.equal(v, expected[n]) for n, v in load_file(tmp_path / "a" / "model.safetensors").items())
