@@ -2001,6 +2001,9 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
+    # Mapped from a file, weights lie unaligned, which changes products in the last bit: a resumed run would differ.
+    copied = torch.device(device).type == "cpu"
+
     def set_types(trained):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -2008,7 +2011,7 @@ def load_model(
             if split:
                 parameter.data = parameter.data.to(dtype)
             elif parameter.is_floating_point():  # quantised weights are integers, and on the device
-                parameter.data = parameter.data.to(device, torch.float32 if full else low)
+                parameter.data = parameter.data.to(device, torch.float32 if full else low, copy=copied)
 
     set_types(trained := choose_trained(model, args))
     if fresh_head:

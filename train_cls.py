@@ -65,6 +65,7 @@ METRICS = {  # that decide which checkpoint is best
     MULTI: ["loss", "accuracy", "f1", "auroc", "average_precision"],
     REGRESSION: ["loss", "mae", "rmse", "r2", "pearson"],
 }
+HEAD = ("problem_type", "id2label", "mlp_head_dim", "target_mean", "target_std")  # of a config: what its outputs mean
 
 
 @dataclass
@@ -106,6 +107,18 @@ class ClassificationArguments(mv.TrainingArguments):
             if condition:
                 problems.append(sentence)
 
+        try:
+            held = held_classifier(self)
+        except mv.InputError as error:
+            held = problems.append(str(error))
+        if held:
+            names = [held.id2label[i] for i in range(held.num_labels)]
+            own = {"problem_type": held.problem_type, "labels": names, "num_labels": len(names),
+                   "mlp_head_dim": held.mlp_head_dim, "head_init": "random"}  # fmt: skip
+            for flag, value in own.items():
+                complain(flag in given and getattr(self, flag) != value, f"--{flag} {getattr(self, flag)}: the run "
+                         f"goes on from {held.name_or_path}, a classifier with {value}: drop it")  # fmt: skip
+                setattr(self, flag, value)
         metric = self.metric_for_best_model.removeprefix("eval_").split("/")[0]
         complain(metric not in METRICS[self.problem_type],
                  f"--metric_for_best_model {self.metric_for_best_model}: evaluation gives "
@@ -312,13 +325,43 @@ def label_word_rows(args, names: list[str]) -> torch.Tensor:
         return torch.stack([torch.cat([table[i : i + 1].float() for i in ids]).mean(0) for ids in tokens])
 
 
+def held_classifier(args):
+    """The config of the classifier that a run goes on from, None if it begins one: its HEAD stands for the flags.
+
+    It is --lora_weight_path, or --model_id itself. (An adapter of a language model has no head and gets a new one.)
+
+    Raises:
+        InputError: a head without the config that says what its outputs mean.
+    """
+    held, folder = None, args.lora_weight_path
+    if folder and (Path(folder) / "adapter_model.safetensors").is_file():
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            head = any(mv.part_of(name) == "head" for name in file.keys())  # noqa: SIM118
+        if head and not (Path(folder) / "config.json").is_file():
+            raise mv.InputError(f"--lora_weight_path {folder}: a classifier's adapter without its config.json, which "
+                                "has the labels: copy it from the --output_dir of its run")  # fmt: skip
+        held = AutoConfig.from_pretrained(folder) if head else None
+    if held is None:
+        with contextlib.suppress(OSError, ValueError):  # who needs it says so
+            config = AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
+            if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+                held = config
+    if held and (missing := [key for key in HEAD if not hasattr(held, key)]):
+        raise mv.InputError(f"{held.name_or_path} is a classifier that train_cls.py did not write: its config.json "
+                            f"has no {', '.join(missing)}; start from its base model")  # fmt: skip
+    return held
+
+
 # ---- data
 
 
-def normalize_record(record: dict, where: str, problem_type: str = SINGLE, default_prompt: str | None = None) -> dict:
+def normalize_record(
+    record: dict, where: str, problem_type: str = SINGLE, default_prompt: str | None = None, labels=None
+) -> dict:
     """A prompt with its `label` (class names) or `target` (numbers), of the schema FEATURES.
 
-    The prompt stands in `prompt` (a text), or in `conversations` or `messages` that end with the user's turn.
+    The prompt stands in `prompt` (a text), or in `conversations` or `messages` that end with the user's turn. `labels`
+    are the names of all classes or targets, if they are known beforehand.
 
     Raises:
         ValueError: names the record, what was found, what was expected and the mend.
@@ -349,14 +392,20 @@ def normalize_record(record: dict, where: str, problem_type: str = SINGLE, defau
         if problem_type == REGRESSION:
             if several == []:
                 raise ValueError("an empty list: expected a number or several")
-            return {**row, "completions": [], "label": [],
-                    "target": [target_number(item) for item in ([value] if several is None else several)]}  # fmt: skip
+            numbers = [target_number(item) for item in ([value] if several is None else several)]
+            if labels and len(numbers) != len(labels):
+                raise ValueError(f"{len(numbers)} where {len(labels)} are expected: {some(labels)}")
+            return {**row, "completions": [], "label": [], "target": numbers}
         if (several is not None) != (problem_type == MULTI):
             raise ValueError("several classes: for them give --problem_type multi_label_classification" if several
                              is not None else "one class where a list of them is expected: put it in […]")  # fmt: skip
         names = [class_name(item) for item in ([value] if several is None else several)]
         if len(set(names)) < len(names):
             raise ValueError("a class stands there twice: name it once")
+        if unknown := [name for name in names if labels and name not in labels]:
+            raise ValueError(f"{some(unknown, repr)} is unknown; known are {some(labels, repr)}: mend it, or name it "
+                             "in --labels (a classifier that a run goes on from keeps its own: start from its base "
+                             "model)")  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{where}: field {present[0]!r} is {value!r}: {error}") from None
     return {**row, "completions": [], "label": names, "target": []}
@@ -393,55 +442,51 @@ def some(items, name=str) -> str:
 def make_config(records: Dataset, args, encoder: mv.Encoder):
     """The model's config with labels, problem type, head and standardisation, found in the records or given.
 
-    A classifier as --model_id brings its own: they stand.
+    A classifier that the run goes on from brings its own: they stand.
 
     Raises:
         InputError: names the flag or the records and what does not fit.
     """
-    config = copy.deepcopy(encoder.config)
-    trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    own = [config.id2label[i] for i in range(config.num_labels)] if trained else None
-    if trained and (config.problem_type != args.problem_type or args.labels not in (None, own)
-                    or config.mlp_head_dim != args.mlp_head_dim or args.head_init == "label_words"):  # fmt: skip
-        raise mv.InputError(f"--model_id {args.model_id} is a classifier: {config.problem_type}, labels {some(own)}, "
-                            f"mlp_head_dim {config.mlp_head_dim}; give the same flags, or its base model")  # fmt: skip
-    standard = {"target_mean": None, "target_std": None}
+    config, held, standard = copy.deepcopy(encoder.config), held_classifier(args), dict.fromkeys(HEAD[-2:])
     if args.problem_type == REGRESSION:
-        names, standard = regression_targets(records, args, own)
+        names, standard = regression_targets(records, args)
     else:
-        names = class_names(records, args, own)
+        names = class_names(records, args, held)
     if args.num_labels not in (None, len(names)):
         raise mv.InputError(f"--num_labels {args.num_labels}, but {args.data_path} has {len(names)}: {some(names)}; "
                             "correct the flag, or name them all with --labels")  # fmt: skip
-    if not trained:
-        config.update(standard)
-        config.update({
-            "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": args.problem_type, "mlp_head_dim": args.mlp_head_dim,
-        })  # fmt: skip
-    config.mlp_head_dropout = args.mlp_head_dropout
+    config.update({key: getattr(held, key) for key in standard} if held else standard)
+    config.update({
+        "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": args.problem_type, "mlp_head_dim": args.mlp_head_dim,
+        "mlp_head_dropout": args.mlp_head_dropout,
+    })  # fmt: skip
     text = config.get_text_config()  # by the padding token the library finds where padded sequences end
     text.pad_token_id = encoder.tokenizer.pad_token_id if text.pad_token_id is None else text.pad_token_id
     return config
 
 
-def class_names(records: Dataset, args, own: list[str] | None) -> list[str]:
-    """The classes in the order of their indices; every one must occur in the training records."""
+def class_names(records: Dataset, args, held) -> list[str]:
+    """The classes in the order of their indices; every one that is not `held` must occur in the training records."""
     counts = Counter(name for names in records["label"] for name in names)
     found = sorted(counts, key=lambda name: (0, int(name), name) if re.fullmatch(r"-?\d+", name) else (1, 0, name))
-    names = own or args.labels
+    names = args.labels
     if names is None and args.num_labels and set(found) <= {str(i) for i in range(args.num_labels)}:
         names = [str(i) for i in range(args.num_labels)]
     names = names or found
-    check_labels(records, names, args.data_path)
     if len(names) < 2 and args.problem_type == SINGLE:
         raise mv.InputError(f"{args.data_path}: all {len(records)} records have the label {names[0]!r}: "
                             "there is nothing to tell apart")  # fmt: skip
     if not names:
         raise mv.InputError(f"{args.data_path}: no record has any label: there is nothing to learn")
+    balanced = args.class_balanced_order or args.loss_type.startswith("class_balanced")
     if absent := [name for name in names if not counts[name]]:
-        raise mv.InputError(f"{args.data_path}: no record has the label {some(absent, repr)}: add records of it, "
-                            "or take it out of --labels (or --num_labels)")  # fmt: skip
+        said = f"{args.data_path}: no record has the label {some(absent, repr)}"
+        if not held:
+            raise mv.InputError(f"{said}: add records of it, or take it out of --labels (or --num_labels)")
+        if balanced:
+            raise mv.InputError(f"{said}: add records of it, or balance no classes")
+        mv.say(f"{said}, which {held.name_or_path} knows: it stays")
     if always := [name for name in names if args.problem_type == MULTI and counts[name] == len(records)]:
         raise mv.InputError(f"{args.data_path}: every record has the label {some(always, repr)}: there is "
                             "nothing to tell apart; take it out, or add records without it")  # fmt: skip
@@ -460,10 +505,10 @@ def check_labels(records: Dataset, names: list[str], source: str):
         raise mv.InputError(f"{source}: unknown labels; known are {some(names, repr)}\n  • " + "\n  • ".join(lines))
 
 
-def regression_targets(records: Dataset, args, own: list[str] | None) -> tuple[list[str], dict]:
+def regression_targets(records: Dataset, args) -> tuple[list[str], dict]:
     """Names of the targets, and mean and standard deviation of each over the training records."""
-    count = len(own or args.labels or records[0]["target"])
-    names = own or args.labels or (["target"] if count == 1 else [f"target_{i}" for i in range(count)])
+    count = len(args.labels or records[0]["target"])
+    names = args.labels or (["target"] if count == 1 else [f"target_{i}" for i in range(count)])
     check_targets(records, names, args.data_path)
     targets = np.array(records["target"])  # [N, C]
     mean, std = targets.mean(0), targets.std(0)
@@ -497,8 +542,7 @@ def check_records(records: Dataset, config, source: str):
 def check_same_head(folder: Path, config):
     """A checkpoint must have this run's labels, standardisation and kind of head."""
     held = AutoConfig.from_pretrained(folder)
-    keys = ("problem_type", "id2label", "mlp_head_dim", "target_mean", "target_std")
-    differ = [f"{key}: {getattr(held, key, None)} then, {getattr(config, key, None)} now" for key in keys
+    differ = [f"{key}: {getattr(held, key, None)} then, {getattr(config, key, None)} now" for key in HEAD
               if getattr(held, key, None) != getattr(config, key, None)]  # fmt: skip
     if differ:
         raise mv.InputError(f"{folder} was trained for something else; these differ:\n  • " + "\n  • ".join(differ)
@@ -737,7 +781,8 @@ def main():
     args.image_folder = args.image_folder or str(here)
     args.eval_image_folder = args.eval_image_folder or args.image_folder
     with accelerator.main_process_first():
-        normalize = partial(normalize_record, problem_type=args.problem_type, default_prompt=args.default_prompt)
+        normalize = partial(normalize_record, problem_type=args.problem_type, default_prompt=args.default_prompt,
+                            labels=args.labels)  # fmt: skip
         records = mv.load_records(args.data_path, normalize, FEATURES)
         eval_records = mv.load_records(args.eval_path, normalize, FEATURES) if args.eval_path else None
     encoder = mv.Encoder(args.model_id, args)

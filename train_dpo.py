@@ -422,7 +422,7 @@ def precompute(reference: mv.Engine, stream, records, folder: str, encoder, path
     """Compute and write the table of a data set, which the main process returns: REF_LOGPS and `crc32` of [records].
 
     Each process writes what it has every SHARD_SECONDS; a computation that was broken off goes on from there, with any
-    number of processes. Every process must call it.
+    number of processes. Too many bad videos end it, as they end the training. Every process must call it.
     """
     accelerator, parts = reference.accelerator, path.with_suffix(".parts")
     rank, world_size, is_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
@@ -433,7 +433,7 @@ def precompute(reference: mv.Engine, stream, records, folder: str, encoder, path
     mv.say(f"reference log-probabilities: {len(todo)} of {len(records)} pairs to compute for {path}")
     rows = mv.micro_batches(todo, reference.args.per_device_eval_batch_size, rank, world_size)
     bar = tqdm(total=len(rows), desc="reference", disable=not is_main)
-    done, written = [], time.monotonic()
+    done, written, state = [], time.monotonic(), {"bad_videos": 0, "all_videos": 0}
     for k, (indices, samples) in enumerate(zip(rows, stream.batches(records, rows, folder))):
         row = mv.pack(samples, encoder, accelerator.device)
         logps = iter(reference_logps(reference, row, indices, samples).tolist())
@@ -445,7 +445,13 @@ def precompute(reference: mv.Engine, stream, records, folder: str, encoder, path
             parts.mkdir(exist_ok=True)
             write_tensors(parts / f"{done[0][0]}.safetensors", part, settings)
             done, written = [], time.monotonic()
-        accelerator.wait_for_everyone()  # none runs so far ahead that it would give up waiting at the end
+        kept = [sample for sample in samples if "input_ids" in sample]
+        counts = [sum(sample["num_videos"] for sample in kept), sum(sample["num_images"] for sample in kept),
+                  sum(len(sample["bad"]) for sample in samples)]  # fmt: skip
+        # The sum waits for all: none runs so far ahead that it would give up waiting at the end.
+        counts = accelerator.reduce(torch.tensor(counts, device=accelerator.device)).tolist()
+        counts = dict(zip(("videos", "images", "bad_videos"), counts))
+        mv.check_bad_ratio(accelerator, reference.args, state, counts)
         bar.update()
     bar.close()
     if not is_main:

@@ -42,6 +42,7 @@ WAYS = {  # name → processes, environment, rows per step and process
 PHASES = {  # what the name of a point is in it
     "training": r"^(exchange|pack)$|^open OUT/metrics",
     "mid-accumulation": r"^backward$",
+    "rollout": r"^sample$",
     "save: writing": r"^(open|mkdir|rename|serialize|serialize-end|shard|shard-end) OUT/\.checkpoint-\d+\.aside",
     "save: fsync": r"^fsync OUT/\.checkpoint",
     "save: renames": r"^rename OUT/\.?checkpoint-\d+(\.replaced)?$|^fsync OUT$",
@@ -218,7 +219,7 @@ def main():
     save_tiny_model(folder / "model")
     flags = write_data(folder, folder / "model")
     clips = sorted(map(str, folder.glob("*.mp4")))
-    runner = Runner({}, limit=options.limit, preload=("peft", "deepspeed"))
+    runner = Runner({}, limit=options.limit, preload=("peft", "sklearn.metrics", "deepspeed"))
     lines, all_phases, total = [], collections.Counter(), collections.Counter()
     for script in options.trainers or TRAINERS:
         for way in options.ways:

@@ -3,10 +3,10 @@
 `python tests/survival.py` is that process. It reads jobs, one JSON object a line, answers with the children's process
 ids, and tells of their ends. A child runs the trainer's file as `__main__`, as a launcher would have started it.
 
-Between any two file operations inside --output_dir, before each backward pass, packing of a row, exchange, write of
-tensors and fsync, a child passes a *point*, which has a name such as `rename out/checkpoint-2`. A fault
-`{"at": regular expression, "n": 3, "do": "SIGKILL"}` comes true at the third point whose name matches; `do` is a
-signal, `torn` (the tensors' file is cut in half, then SIGKILL), `limit` (no file grows beyond 5,000 bytes), `fail`,
+Between any two file operations inside --output_dir, before each backward pass, packing of a row, token of a rollout,
+exchange, write of tensors and fsync, a child passes a *point*, which has a name such as `rename out/checkpoint-2`. A
+fault `{"at": regular expression, "n": 3, "do": "SIGKILL"}` comes true at the third point whose name matches; `do` is
+a signal, `torn` (the tensors' file is cut in half, then SIGKILL), `limit` (no file grows beyond 5,000 bytes), `fail`,
 `wait`, or the name of an errno, which then stays ("full disk") if `stays` is true.
 """
 
@@ -100,6 +100,7 @@ def arm(output_dir: str, faults: list[dict], trace: str | None):
     for name in ("pack", "exchange", "stop_asked"):
         before(mv, name, name)
     before(mv.Engine, "backward", "backward")
+    before(torch, "searchsorted", "sample")  # train_grpo.py draws with it, a token of each completion at a time
     before(mv, "_fsync", "fsync", lambda args: os.path.realpath(args[0]))
     before(safetensors.torch, "serialize_file", "serialize", lambda args: os.path.realpath(args[1]), after=True)
     before(torch, "save", "shard", lambda args: os.path.realpath(args[1]), after=True)  # DeepSpeed's own writing
@@ -304,7 +305,8 @@ class Run:
                 os.kill(pid, number)
 
 
-VOLATILE = {"step_seconds", "data_wait_seconds", "max_memory_gb"}
+VOLATILE = {"step_seconds", "data_wait_seconds", "max_memory_gb", "rollout_seconds", "reward_seconds",
+            "rollout_tokens_per_second", "update_tokens_per_second"}  # fmt: skip
 
 
 def metrics(folder) -> list[dict]:
@@ -314,7 +316,7 @@ def metrics(folder) -> list[dict]:
 
 
 def differences(folder, reference) -> list[str]:
-    """What differs, bit for bit, between two finished runs: final weights, metrics with record checksums, files."""
+    """What differs, bit for bit, between two finished runs: weights, metrics with record checksums, lines, files."""
     import torch
     from safetensors.torch import load_file
 
@@ -327,6 +329,9 @@ def differences(folder, reference) -> list[str]:
     names = {path.name for path in reference.iterdir() if path.is_file()}
     if (other := {path.name for path in folder.iterdir() if path.is_file()}) != names:
         found.append(f"files: {sorted(other ^ names)}")
+    for name in ("predictions.jsonl", "completions.jsonl"):
+        if (reference / name).is_file() and (folder / name).read_text() != (reference / name).read_text():
+            found.append(f"{name}: other lines")
     for path in reference.glob("*.safetensors"):
         weights, expected = load_file(folder / path.name), load_file(path)
         wrong = [name for name in expected if name not in weights or not torch.equal(weights[name], expected[name])]

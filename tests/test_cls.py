@@ -3,14 +3,11 @@
 import contextlib
 import json
 import math
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +74,9 @@ def load(folder, model_path, problem_type=SINGLE, path=None, **kwargs):
     """(args, records, encoder, config, model) as main() makes them."""
     args = arguments(model_path, problem_type=problem_type, **kwargs)
     source = str(folder / f"{problem_type}.json")
-    normalize = train_cls.partial(train_cls.normalize_record, problem_type=problem_type, default_prompt=None)
+    normalize = train_cls.partial(
+        train_cls.normalize_record, problem_type=args.problem_type, default_prompt=None, labels=args.labels
+    )
     records = mv.load_records(source, normalize, train_cls.FEATURES)
     encoder = mv.Encoder(model_path, args)
     config = train_cls.make_config(records, args, encoder)
@@ -542,6 +541,19 @@ def test_bad_records_are_named(problem_type, record, message):
         train_cls.normalize_record(record, "line 3", problem_type)
 
 
+@pytest.mark.parametrize("problem_type, label, message", [
+    (SINGLE, "c", "field 'label' is 'c': 'c' is unknown; known are 'a', 'b': mend it, or name it in --labels"),
+    (MULTI, ["b", "d", "c"], "'d', 'c' is unknown; known are 'a', 'b'"),
+    (REGRESSION, 5, "field 'label' is 5: 1 where 2 are expected: a, b"),
+])  # fmt: skip
+def test_labels_known_beforehand(problem_type, label, message):
+    normalize = train_cls.partial(train_cls.normalize_record, problem_type=problem_type)
+    record = {"prompt": "?", "label": label}
+    with pytest.raises(ValueError, match=f"^line 3: {re.escape(message)}" if problem_type != MULTI else message):
+        normalize(record, "line 3", labels=["a", "b"])
+    assert normalize(record, "line 3", labels=["b", "c", "d", "a"] if problem_type != REGRESSION else ["a"])
+
+
 def made(values, tiny_model, problem_type=SINGLE, **kwargs):
     """The config for these labels."""
     args = arguments(tiny_model, problem_type=problem_type, **kwargs)
@@ -567,7 +579,6 @@ def test_labels_found_or_given(tiny_model):
 
 @pytest.mark.parametrize("labels, kwargs, message", [
     (["a", "a"], {}, "all 2 records have the label 'a': there is nothing to tell apart"),
-    (["a", "c", "b"], {"labels": ["a", "b"]}, "unknown labels; known are 'a', 'b'\n  • 'c' in record r1"),
     (["a", "b"], {"labels": ["a", "b", "c"]}, "no record has the label 'c'"),
     ([0, 1], {"num_labels": 3}, "no record has the label '2'"),
     (["a", "b", "c"], {"num_labels": 2}, "--num_labels 2, but data.json has 3: a, b, c"),
@@ -729,8 +740,9 @@ def train(wide_model, folder, monkeypatch):
 
 def run_flags(model, folder, problem_type=SINGLE):
     data = folder / f"{problem_type}.json"
+    kind = [] if problem_type == SINGLE else ["--problem_type", problem_type]
     return [str(word) for word in (
-        "--model_id", model, "--data_path", data, "--problem_type", problem_type, "--nframes", 4,
+        "--model_id", model, "--data_path", data, *kind, "--nframes", 4,
         "--video_resized_width", 56, "--video_resized_height", 56, "--image_resized_width", 84,
         "--image_resized_height", 56, "--max_steps", 8, "--per_device_train_batch_size", 2,
         "--gradient_accumulation_steps", 2, "--learning_rate", 3e-3, "--dataloader_num_workers", 0,
@@ -833,8 +845,6 @@ def test_regression_run(train, folder, tmp_path, wide_model):
     mv.write_json(tmp_path / f"{REGRESSION}.json", other)
     config = load(tmp_path, str(tmp_path), REGRESSION)[3]
     assert config.target_mean == pytest.approx([truth.mean()]) and config.id2label == {0: "ef"}
-    with pytest.raises(mv.InputError, match=r"is a classifier: regression, labels ef, mlp_head_dim 0"):
-        load(folder, str(tmp_path), SINGLE)
 
 
 def test_resume_is_bit_equal(train, folder, tmp_path):
@@ -914,6 +924,106 @@ def test_adapters(train, wide_model, folder, tmp_path, flags):
         torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
 
 
+LORA = ["--lora_enable", "True", "--freeze_llm", "True", "--lora_dropout", 0]
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, REGRESSION])
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_going_on_from_a_classifier(train, wide_model, folder, tmp_path, kind, problem_type):
+    """Its problem type, order of labels, standardisation and head are the new run's: what it said is the new start."""
+    records = json.loads((folder / f"{problem_type}.json").read_text())
+    again, held_out = records[1:9], records[1:3]
+    if problem_type == REGRESSION:  # of another mean and spread
+        again = [{**record, "label": record["label"] * 2} for record in again]
+    else:  # of one class less
+        again = [record for record in again if record["label"] != "green"]
+    mv.write_json(tmp_path / "again.json", again)
+    mv.write_json(tmp_path / "eval.json", held_out)
+    names = ["ef"] if problem_type == REGRESSION else ["red", "green", "blue"]
+    lora = LORA if kind == "adapter" else []
+    train(tmp_path / "a", *lora, "--labels", *names, "--mlp_head_dim", 8, "--save_strategy", "no", "--eval_path",
+          folder / f"{problem_type}.json", problem_type=problem_type)  # fmt: skip
+    said = {row["id"]: row for row in predictions(tmp_path / "a")}
+    onward = ["--lora_weight_path" if lora else "--model_id", tmp_path / "a", "--data_path", tmp_path / "again.json",
+              "--eval_path", tmp_path / "eval.json", "--image_folder", folder]  # fmt: skip
+    rows = train(tmp_path / "b", *lora, *onward, "--save_strategy", "no", "--max_steps", 1)
+    window, _ = next(mv.step_windows(len(again), 4, 42, 0))
+    if problem_type == REGRESSION:
+        spread = np.std([record["label"] for record in records])
+        errors = [(said[again[i]["id"]]["prediction"]["ef"] - again[i]["label"]) / spread for i in window]
+        expected = np.mean(np.square(errors))
+    else:
+        expected = np.mean([-math.log(said[again[i]["id"]]["probabilities"][again[i]["label"]]) for i in window])
+    assert rows[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    old, new = (AutoConfig.from_pretrained(tmp_path / name) for name in "ab")
+    assert list(new.id2label.values()) == names and new.mlp_head_dim == 8 and new.problem_type == problem_type
+    assert all(getattr(new, key) == getattr(old, key) for key in train_cls.HEAD)
+    args = json.loads((tmp_path / "b" / "arguments.json").read_text())
+    assert args["labels"] == names and args["problem_type"] == problem_type
+
+    # what looks at data beforehand takes over the same, and both refuse what the classifier does not know
+    import check_data
+
+    again[2]["label"] = [1, 2] if problem_type == REGRESSION else "white"
+    mv.write_json(tmp_path / "again.json", again)
+    flags = [*run_flags(wide_model, folder), *lora, *onward, "--objective", "cls"]
+    args, _ = check_data.read_flags(check_data.CheckFlags, list(map(str, flags)))
+    assert (args.problem_type, args.labels, args.mlp_head_dim) == (problem_type, names, 8)
+    message = "2 where 1 are expected: ef" if problem_type == REGRESSION else (
+        "'white' is unknown; known are 'red', 'green', 'blue': mend it, .*start from its base model")  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        check_data.normalizer("cls", args)(again[2], "here")
+    with pytest.raises(mv.InputError, match=f"1 bad record\n.*{message}"):
+        train(tmp_path / "c", *lora, *onward)
+
+
+def test_adapters_to_go_on_from(train, parse, wide_model, folder, tmp_path, monkeypatch):
+    """Flags that say otherwise; a head without its config; the adapter of a language model, which gets a new head."""
+    train(tmp_path / "a", *LORA, "--labels", "red", "green", "blue", "--max_steps", 1, "--save_strategy", "no")
+    onward = [*LORA, "--lora_weight_path", tmp_path / "a"]
+    source = f"the run goes on from {tmp_path / 'a'}, a classifier with"
+    others = ["--problem_type", MULTI, "--labels", "blue", "green", "red", "--num_labels", 3, "--mlp_head_dim", 4,
+              "--head_init", "label_words"]  # fmt: skip
+    assert parse("--model_id", wide_model, *onward, *others) == [
+        f"--problem_type {MULTI}: {source} {SINGLE}: drop it",
+        f"--labels ['blue', 'green', 'red']: {source} ['red', 'green', 'blue']: drop it",
+        f"--mlp_head_dim 4: {source} 0: drop it",
+        f"--head_init label_words: {source} random: drop it",
+    ]
+    args = parse("--model_id", wide_model, *onward, "--labels", "red", "green", "blue")
+    assert args.num_labels == 3 and args.loss_type == "cross_entropy"
+    balanced = ["--loss_type", "class_balanced_cross_entropy"]
+    mv.write_json(tmp_path / "two.json", [{"prompt": "?", "label": name} for name in ("red", "blue")])
+    with pytest.raises(mv.InputError, match="no record has the label 'green': add records of it, or balance no"):
+        train(tmp_path / "b", *onward, *balanced, "--data_path", tmp_path / "two.json")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    mv.write_json(tmp_path / "a" / "config.json", {k: v for k, v in config.items() if k != "mlp_head_dim"})
+    assert parse("--model_id", wide_model, *onward) == [
+        f"{tmp_path / 'a'} is a classifier that train_cls.py did not write: its config.json has no mlp_head_dim; "
+        "start from its base model"
+    ]
+    (tmp_path / "a" / "config.json").unlink()
+    assert parse("--model_id", wide_model, *onward) == [
+        f"--lora_weight_path {tmp_path / 'a'}: a classifier's adapter without its config.json, which has the labels: "
+        "copy it from the --output_dir of its run"
+    ]
+
+    import train_sft
+
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "Red."}]
+    mv.write_json(tmp_path / "sft.json", [{"conversations": turns}] * 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(train_cls, "main", train_sft.main)
+        train(tmp_path / "sft", *LORA, "--data_path", tmp_path / "sft.json", "--max_steps", 1, "--save_strategy", "no",
+              "--lora_namespan_exclude", "['lm_head', 'embed_tokens']")  # fmt: skip
+    train(tmp_path / "c", *LORA, "--lora_weight_path", tmp_path / "sft", "--max_steps", 1, "--save_strategy", "no",
+          "--learning_rate", 1e-9)  # fmt: skip
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("sft", "c"))
+    lora = [name for name in before if ".lora_B" in name]
+    assert all((before[name] - after[name]).abs().max() < 1e-6 for name in lora) and any(before[n].any() for n in lora)
+    assert [name for name in after if mv.part_of(name) == "head"]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
 def test_precisions(train, tmp_path, precision):
     rows = train(tmp_path, f"--{precision}", "True", "--max_steps", 3, "--save_strategy", "no",
@@ -960,22 +1070,3 @@ def test_two_processes_equal_one(train, wide_model, folder, tmp_path, config):
     assert all((value - expected[name]).abs().max() <= 1e-5 for name, value in weights.items())
     for ours, theirs in zip(predictions(tmp_path / "two"), predictions(tmp_path / "one"), strict=True):
         assert ours["id"] == theirs["id"] and ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-6)
-
-
-def test_killed_and_continued(train, wide_model, folder, tmp_path):
-    """SIGKILL in the middle: the same command goes on, and ends as if nothing had happened."""
-    flags = ["--save_steps", 1, "--max_steps", 12, "--eval_path", folder / f"{SINGLE}.json"]
-    command = [sys.executable, "train_cls.py", *run_flags(wide_model, folder), *map(str, flags)]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen([*command, "--output_dir", tmp_path / "a"], cwd=ROOT, stdout=log, stderr=log,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not mv.list_checkpoints(tmp_path / "a") and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "a" / "model.safetensors").exists()
-    resumed = train(tmp_path / "a", *flags, "--resume_from_checkpoint", "auto")
-    assert resumed == train(tmp_path / "b", *flags)
-    expected = load_file(tmp_path / "b" / "model.safetensors")
-    assert all(torch.equal(v, expected[n]) for n, v in load_file(tmp_path / "a" / "model.safetensors").items())

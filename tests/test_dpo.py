@@ -683,6 +683,23 @@ def test_a_replaced_video_is_noticed(precomputing, clips, tmp_path):
     assert all(row["samples"] + row["skipped_samples"] == full["samples"] for row, full in zip(ours, theirs))
 
 
+def test_too_many_bad_videos_end_the_computation(precomputing, clips, tmp_path, monkeypatch):
+    """--max_bad_ratio counts while the table is made, not only in the training after it."""
+    flags, folder = precomputing
+    own = tmp_path / "clips"
+    shutil.copytree(clips, own)
+    for i in range(3):
+        (own / f"{i}.mp4").write_bytes(b"no video")
+    monkeypatch.setattr(mv, "MIN_VIDEOS", 20)
+    flags = [*flags, "--image_folder", own, "--video_cache", "none", "--on_bad_video", "drop_video"]
+    with monkeypatch.context() as patch:
+        asked = count_rows(patch)
+        with pytest.raises(mv.InputError, match="videos and images so far could not be read: more than --max_bad_"):
+            run(*flags, "--max_bad_ratio", 0.02, "--output_dir", tmp_path / "a")
+    assert 0 < len(asked) < 7 and not list(folder.glob("*.safetensors"))
+    run(*flags, "--max_bad_ratio", 1, "--output_dir", tmp_path / "b")
+
+
 def test_a_reference_of_another_kind_is_refused(mixed, tiny_qwen2_vl, tmp_path):
     with pytest.raises(mv.InputError, match="differs in model_type"):
         run(*mixed, "--ref_model_id", tiny_qwen2_vl, "--output_dir", tmp_path)
@@ -691,15 +708,50 @@ def test_a_reference_of_another_kind_is_refused(mixed, tiny_qwen2_vl, tmp_path):
 # --------------------------------------------------------------------------------------------------- several processes
 
 
+# train_dpo.py twice in one process, the second time for a step in bf16; notes the types that its engines hold.
+TWICE = """
+import os, sys
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+sys.path.insert(0, os.getcwd())
+import multivideo as mv
+import train_dpo
+
+class Noted(mv.Engine):
+    def __init__(self, accelerator, model, args, frozen=False):
+        super().__init__(accelerator, model, args, frozen)
+        types = {str(p.dtype) for weight in self.raw_model.parameters() for p in (weight, weight.ds_tensor)}
+        with open(f"{os.path.dirname(__file__)}/types-{accelerator.process_index}", "a") as file:
+            print("bf16" if args.bf16 else "fp32", "frozen" if frozen else "trained", *sorted(types), file=file)
+
+mv.Engine = Noted
+end, Accelerator.end_training = Accelerator.end_training, lambda self: None
+train_dpo.main()
+for shared in (AcceleratorState, GradientState, PartialState):
+    shared._reset_state()
+Accelerator.end_training = end
+sys.argv += ["--bf16", "True", "--max_steps", "1", "--eval_strategy", "no", "--output_dir", sys.argv[-1] + "-bf16"]
+mv.run(train_dpo.main)
+"""
+
+
 @pytest.mark.parametrize("kind", ["adapter", "file"])
 def test_two_processes_under_zero3(mixed, straight, adapted, tmp_path, kind):
     """Split weights: the adapter switched off in each forward; a split frozen copy that fills the file, two by two."""
     own = ADAPTER if kind == "adapter" else ["--precompute_ref_log_probs", "True"]
+    (tmp_path / "train_dpo_twice.py").write_text(TWICE)
     done = launch(
         Path(sys.executable).parent / "accelerate", "launch", "--config_file", "accelerate_configs/zero3.yaml",
-        "--num_processes", 2, "train_dpo.py", *mixed, *own, "--gradient_accumulation_steps", 1,
-        "--per_device_eval_batch_size", 1, "--dataloader_num_workers", 0, "--output_dir", tmp_path,
+        "--num_processes", 2, "train_dpo.py" if kind == "adapter" else tmp_path / "train_dpo_twice.py", *mixed, *own,
+        "--gradient_accumulation_steps", 1, "--per_device_eval_batch_size", 1, "--dataloader_num_workers", 0,
+        "--output_dir", tmp_path,
     )  # fmt: skip
     assert "4 per step = 2 samples × 1 rows × 2 processes" in done.stderr
     same_runs(tmp_path, adapted if kind == "adapter" else straight, 1e-4)
     assert len(list(tmp_path.glob("ref_log_probs-*.safetensors"))) == (0 if kind == "adapter" else 2)
+    if kind == "file":  # both models were loaded in the type that the run asked for
+        for rank in (0, 1):
+            assert (tmp_path / f"types-{rank}").read_text().splitlines() == [
+                "fp32 frozen torch.float32", "fp32 trained torch.float32", "bf16 frozen torch.bfloat16",
+                "bf16 trained torch.bfloat16",
+            ]  # fmt: skip

@@ -774,5 +774,8 @@ def test_cache_videos(clips, run_flags, injected, tmp_path, monkeypatch, capsys)
     assert "the cache is full" in capsys.readouterr().out
     (tmp_path / "good.json").write_text(json.dumps([*good, {"id": 1}]))
     assert cache_videos(monkeypatch, *small) == 1 and "1 bad records, first: record 1" in capsys.readouterr().out
+    (tmp_path / "good.json").write_text(json.dumps([{"video": good[0]["video"], "label": 2.5}]))
+    numbers = ["--objective", "cls", "--problem_type", "regression", "--default_prompt", "How much?"]
+    assert cache_videos(monkeypatch, *small, *numbers) == 0  # read as the trainer's own flags say
     assert cache_videos(monkeypatch, *flags, "--shard", "3/2") == 2
     assert cache_videos(monkeypatch, *flags, "--objective", "nothing") == 2

@@ -1,8 +1,13 @@
 """tools/predict.py against plain HF generate, one record at a time, and against hand-computed values."""
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import predict
@@ -13,7 +18,7 @@ from make_demo import save_tiny_model
 from merge_lora import merge
 from PIL import Image
 from reference import qwen_messages, write_clip
-from test_train import reset_accelerate
+from test_train import ROOT, launch, reset_accelerate
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import multivideo as mv
@@ -130,6 +135,42 @@ def test_continues_after_a_kill(data, model, predicted, tmp_path, monkeypatch):
     (tmp_path / "notes.jsonl").write_text("mine\n")
     with pytest.raises(mv.InputError, match=r"notes\.jsonl exists and is not of this tool"):
         run(monkeypatch, *flags, "--output_path", tmp_path / "notes.jsonl")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_for_real(data, model, predicted, tmp_path, monkeypatch, processes):
+    """SIGKILL in the middle, of all processes: the same command completes the file, every record in it once."""
+    output = tmp_path / "predictions.jsonl"
+    flags = ["--model_id", model, "--data_path", data / "data.json", *SIZES, "--batch_size", 1]
+    flags += ["--output_path", output]
+    command = [sys.executable, "tools/predict.py", *flags, "--max_new_tokens", 8, "--dataloader_num_workers", 0]
+    if processes == 2:
+        command[:1] = [Path(sys.executable).parent / "accelerate", "launch", "--config_file",
+                       "accelerate_configs/ddp.yaml", "--num_processes", 2]  # fmt: skip
+    files = [output] if processes == 1 else [tmp_path / f"predictions.jsonl.part-{rank}" for rank in range(2)]
+    counts = lambda: [len(file.read_text().splitlines()) if file.exists() else 0 for file in files]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    deadline = time.monotonic() + 120
+    while min(counts()) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):  # the launcher and its processes
+        with contextlib.suppress(OSError):
+            if os.fsencode(output) in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    process.wait()
+    assert all(3 <= count < 54 // processes for count in counts()) and output.exists() == (processes == 1)
+    rows = [row for file in files for row in lines(file)]
+    assert len({row["id"] for row in rows}) == len(rows)
+    with pytest.raises(mv.InputError, match="max_new_tokens: 8 then, 9 now"):
+        run(monkeypatch, *flags, "--max_new_tokens", 9)
+    with open(files[-1], "r+b") as file:  # as if it had come amid a line
+        file.truncate(file.seek(-5, os.SEEK_END))
+    launch(*command)
+    assert lines(output) == lines(predicted) and all(row in lines(output) for row in rows)
+    assert not list(tmp_path.glob("*.part-*"))
 
 
 def test_failures_are_no_answers(data, model, tmp_path, monkeypatch, capsys):

@@ -36,18 +36,32 @@ def pair(i, clips):
             "rejected": "None."}  # fmt: skip
 
 
+def labelled(i, clips):
+    return {"id": f"record-{i}", "video": clips, "prompt": f"Which of {i}?", "label": "ab"[i % 2]}
+
+
+REWARD = """
+def letters(completions, **kwargs):  # differs within a group
+    return [len(set(turns[0]["content"])) / 10 for turns in completions]
+"""
+
+
 ADAPTER = ["--lora_enable", "True", "--freeze_llm", "True", "--lora_rank", 4, "--lora_dropout", 0.2,
            "--lora_namespan_exclude", "['lm_head', 'embed_tokens']"]  # fmt: skip
 TRAINERS = {  # script → what a record is, and its own flags; dropout makes every random state count
     "train_sft.py": (conversation, ADAPTER),
     "train_dpo.py": (pair, ADAPTER),
-}
+    "train_cls.py": (labelled, [*ADAPTER, "--mlp_head_dim", 16, "--mlp_head_dropout", 0.3, "--class_balanced_order",
+                                "True"]),
+    "train_grpo.py": (conversation, [*ADAPTER, "--num_generations", 3, "--max_completion_length", 5, "--top_k", 0,
+                                     "--reward_funcs", "FOLDER/rewards.py:letters", "--logging_steps", 2]),
+}  # fmt: skip
 SCRIPTS = list(TRAINERS)
 
 
 @pytest.fixture(scope="session")
 def runner():
-    runner = Runner({}, preload=("peft",))
+    runner = Runner({}, preload=("peft", "sklearn.metrics"))
     yield runner
     runner.close()
 
@@ -57,6 +71,7 @@ def write_data(folder, model):
     7 steps, saved and evaluated every second one."""
     for i in range(4):
         write_clip(folder / f"{i}.mp4", 56, 56, 8, seed=i)
+    (folder / "rewards.py").write_text(REWARD)
     table = {}
     for script, (record, own) in TRAINERS.items():
         rows = [record(i, [f"{k % 4}.mp4" for k in range(i, i + i % 3)]) for i in range(9)]
@@ -68,7 +83,7 @@ def write_data(folder, model):
             "--video_resized_height", 56, "--max_steps", 7, "--per_device_train_batch_size", 1,
             "--gradient_accumulation_steps", 2, "--save_steps", 2, "--eval_strategy", "steps",
             "--eval_steps", 2, "--per_device_eval_batch_size", 1, "--learning_rate", 1e-3,
-            "--dataloader_num_workers", 0, *own,
+            "--dataloader_num_workers", 0, *(str(word).replace("FOLDER", str(folder)) for word in own),
         ]  # fmt: skip
     return table
 
@@ -103,14 +118,14 @@ def steps_of(folder):
 # --------------------------------------------------------------------------------------------------------------- kills
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_in_a_step_and_in_a_save(runner, flags, unbroken, tmp_path, script):
-    """SIGKILL amid a step after a checkpoint, SIGKILL of the resumed run amid a save, then to the end: bit-equal."""
+@pytest.mark.parametrize("script, place", [*((script, "backward") for script in SCRIPTS), ("train_grpo.py", "sample")])
+def test_killed_in_a_step_and_in_a_save(runner, flags, unbroken, tmp_path, script, place):
+    """SIGKILL amid a step (or its rollout), SIGKILL of the resumed run amid a save, then to the end: bit-equal."""
     straight, points = unbroken(script)
     rng = random.Random(script)
     first_save = points.index("rename OUT/checkpoint-2")
-    in_step = rng.choice([i for i, point in enumerate(points) if point == "backward" and i > first_save + 4])
     saved = [i for i, point in enumerate(points) if re.match(r"\w+ OUT/\.checkpoint-6\.aside", point)]
+    in_step = rng.choice([i for i, point in enumerate(points) if point == place and first_save + 4 < i < saved[0]])
     in_save = rng.choice([*saved, points.index("rename OUT/checkpoint-6")])
     killed = runner.run(script, flags[script], tmp_path / "out", faults={0: [at(points, in_step, "SIGKILL")]})
     assert killed.codes == [-signal.SIGKILL] and steps_of(tmp_path / "out")
@@ -123,6 +138,12 @@ def test_killed_in_a_step_and_in_a_save(runner, flags, unbroken, tmp_path, scrip
     assert not list((tmp_path / "out").glob(".*"))
     rows = metrics(straight)
     assert all("records_crc32" in row for row in rows if "loss" in row) and len(rows) == 7 + 4
+
+
+def test_weights_lie_aligned(tiny_model):
+    """As they lie in a file they would not, and a resumed run, which reads another file, would differ in last bits."""
+    model = mv.load_model(mv.TrainingArguments(model_id=tiny_model), "cpu")
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in model.parameters())
 
 
 def test_what_a_kill_leaves_behind(tmp_path):
@@ -245,13 +266,18 @@ DIFFERENT = {
     "model": "another/model", "model config (SHA-256)": "0", "data file (SHA-256)": "1", "records": 10,
     "samples per step": 3, "seed": 1, "optimizer": "sgd", "precision": "bf16",
 }  # fmt: skip
+OF_A_TRAINER = {
+    "train_dpo.py": {"reference": "another/model"},
+    "train_cls.py": {"class-balanced order": False},
+    "train_grpo.py": {"reference": "another/model", "generations": 4, "iterations": 2},
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_another_run_is_refused_with_each_difference(unbroken, script):
     folder = unbroken(script)[0] / "checkpoint-6"
     run = json.loads((folder / "trainer_state.json").read_text())["run"]
-    different = DIFFERENT | ({"reference": "another/model"} if script == "train_dpo.py" else {})
+    different = DIFFERENT | OF_A_TRAINER.get(script, {})
     assert run.keys() == different.keys()
     for name, value in different.items():
         with pytest.raises(mv.InputError, match=re.escape(f"• {name}: {run[name]} then, {value} now\nGive the same")):

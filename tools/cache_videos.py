@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from check_data import normalizer
 from tqdm import tqdm
 
 import multivideo as mv
@@ -40,7 +41,7 @@ class CacheFlags:
 
 
 def read_flags(argv: list[str]):
-    """The trainer module that --objective names, its arguments, and this tool's own.
+    """The arguments of the trainer that --objective names, this tool's own, and the shard.
 
     Raises:
         SystemExit: as mv.parse_arguments.
@@ -65,7 +66,7 @@ def read_flags(argv: list[str]):
     if args.video_cache is None:
         mv.say("cache_videos.py: --video_cache none: name the folder to fill")
         raise SystemExit(2)
-    return trainer, args, own, (int(shard[1]), int(shard[2]))
+    return args, own, (int(shard[1]), int(shard[2]))
 
 
 class AsTheyCome:
@@ -94,7 +95,8 @@ def media_only(source: str, normalize, shard: tuple[int, int], complaints: list[
 
 
 def main():
-    trainer, args, own, shard = read_flags(sys.argv[1:])
+    args, own, shard = read_flags(sys.argv[1:])
+    normalize = normalizer(own.objective, args)
     # Samples are not wanted back: the encoder leaves out one that is too long, but only after it has its clips.
     args = dataclasses.replace(
         args, on_bad_video="drop_video", on_long_sample="skip", max_seq_length=0,
@@ -108,7 +110,7 @@ def main():
     try:
         for source, media_folder in ((args.data_path, folder), (args.eval_path, args.eval_image_folder or folder)):
             if source:
-                rows = media_only(source, trainer.normalize_record, shard, complaints)
+                rows = media_only(source, normalize, shard, complaints)
                 bar = tqdm(
                     stream.batches(AsTheyCome(), ([row] for row in rows), media_folder), desc=source, unit=" rec"
                 )

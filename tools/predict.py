@@ -387,7 +387,8 @@ def main():
 
     # ---- what has been answered already
     settings_path = output.with_name(f"{output.stem}_settings.json")
-    if settings_path.is_file() and output.is_file():
+    parts = sorted(output.parent.glob(f"{output.name}.part-*"))  # of several processes
+    if settings_path.is_file() and (output.is_file() or parts):
         before = json.loads(settings_path.read_text())
         if changed := [f"{key}: {before.get(key)} then, {value} now" for key, value in settings.items()
                        if before.get(key) != value]:  # fmt: skip
@@ -395,11 +396,11 @@ def main():
                                 + "\nName another --output_path, or delete it")  # fmt: skip
     elif output.is_file():
         raise mv.InputError(f"{output} exists and is not of this tool: name another --output_path")
-    parts = sorted(output.parent.glob(f"{output.name}.part-*"))
-    done = {row["index"] for path in (output, *parts) for row in read_lines(path)}
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        mv.write_json(settings_path, settings)
+    with accelerator.main_process_first():  # it cuts off what a kill has torn
+        done = {row["index"] for path in (output, *parts) for row in read_lines(path)}
+        if accelerator.is_main_process:
+            mv.write_json(settings_path, settings)
+    accelerator.wait_for_everyone()  # all know the same answers before any writes another
     total = min(len(records), args.limit or len(records))
     todo = [i for i in range(total) if i not in done]
     mine = todo[rank::world_size]
