@@ -975,6 +975,7 @@ def main():
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device; --device cpu --model tiny runs the same code")
+    gc.freeze()  # what the imports made is not looked through after every cell
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is the reference
