@@ -111,6 +111,28 @@ def bench(tmp_path):
     return benchmark_gpu.Bench(SimpleNamespace(device="cpu", model="tiny", minutes=1e6), tmp_path)
 
 
+def test_steps_call_varlen_as_it_demands(run, bench, monkeypatch):
+    """On CUDA the kernel takes half precision, rows of heads, int32 lengths and plain numbers; the losses stay."""
+
+    def demanding(query, key, value, cu_q, cu_k, max_q, max_k, **options):
+        assert {x.dtype for x in (query, key, value)} == {torch.bfloat16}
+        assert all(x.stride(-1) == 1 for x in (query, key, value)) and {type(max_q), type(max_k)} == {int}
+        assert all(cu.dtype == torch.int32 and cu.is_contiguous() for cu in (cu_q, cu_k))
+        calls.append(len(query))
+        return fake_varlen(query, key, value, cu_q, cu_k, max_q, max_k, **options)
+
+    calls, bench.kernel = [], "varlen"
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", demanding)
+    cells = [cell for cell in run[1]["cells"] if cell["part"] == "training" and cell["way"] == "ours"
+             and cell["pixels"] == 56 and cell["checkpointing"]]  # fmt: skip
+    assert len(cells) == len(KINDS)
+    for cell in cells:
+        bench.run(again := dict(cell))
+        assert again["status"] == "measured" and calls
+        assert again["first_loss"] == pytest.approx(cell["first_loss"], rel=0.01, abs=1e-3)
+        calls.clear()
+
+
 @pytest.mark.parametrize("parameters", ["all", "lora"])
 def test_flops(bench, parameters):
     """Forward and backward by the formula against torch's own count, to 2 %."""
