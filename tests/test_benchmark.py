@@ -53,7 +53,10 @@ def test_every_cell_is_measured(run):
                      ("tower", 84, "")]  # fmt: skip
     assert {cell["status"] for cell in results["cells"]} == {"measured"}
     table = (folder / "gpu-on-cpu.md").read_text()
-    assert table.count("\n| sft, all, 56 px |") == 2 and table.split("\n", 2)[2].strip() in printed
+    assert (
+        table.count("\n| sft, 56 px, all: bf16 autocast, adamw_torch_fused |") == 2
+        and table.split("\n", 2)[2].strip() in printed
+    )
     for cell in training:
         assert min(cell["seconds"]) > 0 and cell["model_tflop"] > 0
         assert cell["mfu"] is None and cell["peak_gib"] is None  # not known of a CPU

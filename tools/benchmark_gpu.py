@@ -942,7 +942,8 @@ def table(name: str, run: dict) -> list[str]:
         samples = next((str(cell["samples"]) for cell in cells.values() if "samples" in cell), "")
         rates = [cells[way].get("samples_per_second") for way in ("ours", "usual")]
         ratio = f"{rates[0] / rates[1]:.2f}×" if all(rates) else ""
-        lines.append(f"| {objective}, {parameters}, {pixels} px | {'no' if kept else 'yes'} | {samples} | "
+        recipe = next((f": {cell['recipe']}" for cell in cells.values() if "recipe" in cell), "")
+        lines.append(f"| {objective}, {pixels} px, {parameters}{recipe} | {'no' if kept else 'yes'} | {samples} | "
                      f"{' | '.join(measured(cells[way]) for way in ways)} | {ratio} |")  # fmt: skip
     lines += ["", "| part | | s |", "|---|---|---|"]
     for cell in run["cells"]:
@@ -958,9 +959,7 @@ def table(name: str, run: dict) -> list[str]:
         else:
             lines += [f"| {title} | {way} | {median(times)} |" for way, times in cell["seconds"].items()]
     versions = ", ".join(f"{key} {value}" for key, value in where.items() if key != "device" and value)
-    recipes = sorted({cell["recipe"] for cell in training if "recipe" in cell})
     lines += ["", f"Medians; {run['seconds']:.0f} s in all; {versions}.", ""]
-    lines += [f"All weights: {'; '.join(recipes)}.", ""] if recipes else []
     lines += [f"- {note}" for note in run["skipped"]]
     return lines
 
