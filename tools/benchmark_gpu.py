@@ -6,10 +6,11 @@
 Qwen2.5-VL-3B or -7B with random weights is built on the GPU; its samples of 30 videos × 4 frames are random pixels
 that go through the project's own encoder. Four checks come first: causal alignment of variable-length attention where
 prefixes are shared, the tower's head dimension of 80, bf16 against fp32, gradients. Then training steps as the
-trainers take them, packing included: SFT (LoRA; all weights), DPO, classification, GRPO (rollouts included), with
-and without gradient checkpointing. The usual way beside it, with the same weights, types and optimizer: padded rows,
-HF forward with all logits, attention sdpa (and flash-attn, if installed), the prompt and its pixels repeated for every
-answer. Then parts: the tower's loop over chunks against one call, variable-length attention against a mask, decoding.
+trainers take them, packing included, with and without gradient checkpointing: SFT (LoRA; all weights), DPO,
+classification, and GRPO: an update (its peak memory too) and its rollout, which is made once per size. The usual way
+beside it, with the same weights, types and optimizer: padded rows, HF forward, all logits (of completions in GRPO),
+attention sdpa (and flash-attn, if installed), the prompt and its pixels repeated for every answer. Then parts: the
+tower's loop over chunks against one call, variable-length attention against a mask, decoding.
 
 What is most telling comes first; what --minutes leaves no time for is listed as not reached, what does not fit as out
 of memory. gpu.json is written after each result, and has one entry per model; gpu.md is the table of all of them.
@@ -419,6 +420,7 @@ class Data:
     encoder: RandomPixels
     samples: list[dict]
     batch: dict
+    rollouts: dict  # of each way: the completions and the seconds they took
 
 
 class Bench:
@@ -570,7 +572,7 @@ class Bench:
             samples = [encoder(record, "") for record in records]
             batch = padded(samples, encoder)
             batch = {name: value.pin_memory() for name, value in batch.items()} if self.cuda else batch
-            self.made[objective, pixels] = Data(records, encoder, samples, batch)
+            self.made[objective, pixels] = Data(records, encoder, samples, batch, {})
         return self.made[objective, pixels]
 
     def attention_of(self, way: str):
@@ -645,23 +647,43 @@ class Bench:
         batch["labels"] = train_cls.encode_targets(data.samples, config).to(self.device)
         return self.update(lambda model: model(**batch, use_cache=False).loss)
 
-    def grpo(self, way, data, new_tokens=None):
-        """A rollout of one prompt's group and an update on it, rewards left out."""
-        args = train_grpo.GRPOArguments(num_generations=self.scale.generations, beta=0.0,
-                                        max_completion_length=new_tokens or self.scale.new_tokens)  # fmt: skip
-        args.epsilon_high = args.epsilon
-        G, started = args.num_generations, time.perf_counter()
-        advantages = torch.linspace(-1, 1, G)
+    def grpo_arguments(self, new_tokens: int):
+        return train_grpo.GRPOArguments(num_generations=self.scale.generations, beta=0.0, epsilon_high=0.2,
+                                        max_completion_length=new_tokens)  # fmt: skip
+
+    def rollout(self, way, data, new_tokens):
+        """G completions of one prompt: ours as groups, the usual way's as tokens [G, new_tokens]."""
+        args = self.grpo_arguments(new_tokens)
         if way == "ours":
-            stops = train_grpo.end_tokens(self.model, data.encoder)
             with self.engine.gathered():
                 groups = train_grpo.make_groups(
                     self.engine, data.samples, [0], data.records, data.encoder, args, 0, ()
                 )
-            self.wait()
-            self.rollout_seconds = time.perf_counter() - started
-            groups[0]["advantages"] = advantages
-            batch = train_grpo.pack_groups(groups, data.encoder, stops, args, self.device)
+            groups[0]["advantages"] = torch.linspace(-1, 1, args.num_generations)
+            return groups
+        prompt = self.repeated_prompt(data)
+        self.model.eval()
+        with self.engine.autocast():
+            output = self.base().generate(
+                **prompt, max_new_tokens=new_tokens, do_sample=True, top_k=args.top_k, temperature=args.temperature,
+                suppress_tokens=data.encoder.vision_ids,
+            )  # fmt: skip
+        self.model.train()
+        self.base().model.rope_deltas = None
+        return output[:, prompt["input_ids"].shape[1] :]
+
+    def repeated_prompt(self, data) -> dict:
+        """The usual way's prompt and its pixels, once for each completion."""
+        return {name: torch.cat([value] * self.scale.generations)
+                for name, value in self.usual_batch(data).items() if name != "labels"}  # fmt: skip
+
+    def grpo(self, way, data):
+        """An update on the completions that rollout gave; rewards are left out."""
+        args, completions = self.grpo_arguments(self.scale.new_tokens), data.rollouts[way][0]
+        G = args.num_generations
+        if way == "ours":
+            stops = train_grpo.end_tokens(self.model, data.encoder)
+            batch = train_grpo.pack_groups(completions, data.encoder, stops, args, self.device)
             inputs, targets, sequences = batch["inputs"], batch["targets"], batch["sequences"]
             totals = {"completions": G, "supervised_tokens": len(targets)}
             weights = train_grpo.token_weights(batch["lengths"], batch["learned"], totals, args)
@@ -670,36 +692,24 @@ class Bench:
                 return mv.token_logps(model(**inputs).logits, targets, args.temperature)
 
         else:
-            prompt = {name: torch.cat([value] * G).to(self.device) for name, value in data.batch.items()}
-            del prompt["labels"]
-            length = prompt["input_ids"].shape[1]
-            self.model.eval()
-            with self.engine.autocast(), torch.no_grad():
-                output = self.base().generate(
-                    **prompt, max_new_tokens=args.max_completion_length, do_sample=True, top_k=args.top_k,
-                    temperature=args.temperature, suppress_tokens=data.encoder.vision_ids,
-                )  # fmt: skip
-            self.model.train()
-            self.wait()
-            self.rollout_seconds = time.perf_counter() - started
-            self.base().model.rope_deltas = None
-            completion = output[:, length:]
-            longer = {"input_ids": completion, "attention_mask": torch.ones_like(completion),
-                      "mm_token_type_ids": torch.zeros_like(completion, dtype=torch.int32)}  # fmt: skip
+            longer = {"input_ids": completions, "attention_mask": torch.ones_like(completions),
+                      "mm_token_type_ids": torch.zeros_like(completions, dtype=torch.int32)}  # fmt: skip
+            prompt = self.repeated_prompt(data)
             inputs = {k: torch.cat([v, longer[k]], 1) if k in longer else v for k, v in prompt.items()}
-            sequences = torch.arange(G, device=self.device).repeat_interleave(completion.shape[1])
+            sequences = torch.arange(G, device=self.device).repeat_interleave(completions.shape[1])
             weights = torch.full((G,), 1 / len(sequences), device=self.device)
 
             def logps_of(model):
-                logits = model(**inputs, use_cache=False, logits_to_keep=completion.shape[1] + 1).logits[:, :-1]
+                logits = model(**inputs, use_cache=False, logits_to_keep=completions.shape[1] + 1).logits[:, :-1]
                 logits = logits / args.temperature
-                chosen = logits.gather(2, completion[..., None])[..., 0].float()
+                chosen = logits.gather(2, completions[..., None])[..., 0].float()
                 return (chosen - torch.stack([row.float().logsumexp(-1) for row in logits])).flatten()
+
+        advantages = torch.linspace(-1, 1, G, device=self.device)
 
         def loss_of(model):
             logps = logps_of(model)
-            return train_grpo.grpo_loss(logps, logps.detach(), None, advantages.to(self.device), sequences, weights,
-                                        args)[0]  # fmt: skip
+            return train_grpo.grpo_loss(logps, logps.detach(), None, advantages, sequences, weights, args)[0]
 
         return self.update(loss_of)
 
@@ -731,12 +741,18 @@ class Bench:
         data = self.data(objective, pixels)
         self.load(cell["parameters"], cell["checkpointing"])
         self.attention_of(way)
-        step = getattr(self, objective)
-        warm_up = {"new_tokens": min(8, self.scale.new_tokens)} if objective == "grpo" else {}
-        loss = float(step(way, data, **warm_up))
+        step, rollout = getattr(self, objective), 0.0
+        if objective == "grpo":
+            if way not in data.rollouts:  # once: with and without checkpointing it is the same
+                self.rollout(way, data, min(8, self.scale.new_tokens))
+                kept = []
+                rollout = self.clock(lambda: kept.append(self.rollout(way, data, self.scale.new_tokens)), 1)
+                data.rollouts[way] = kept[0], rollout[0]
+            rollout = data.rollouts[way][1]
+        loss = float(step(way, data))
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        times = self.clock(lambda: step(way, data), 1 if objective == "grpo" else self.scale.repetitions)
+        times = [rollout + seconds for seconds in self.clock(lambda: step(way, data), self.scale.repetitions)]
         seconds, flops = statistics.median(times), self.flops(objective, data)
         result = {
             "seconds": times, "samples_per_second": len(data.samples) / seconds, "samples": len(data.samples),
@@ -749,7 +765,7 @@ class Bench:
             self.memory = self.memory or MemoryModel(self.args, read_launcher(None, None))
             result["predicted_gib"] = self.predicted(self.memory, pixels)
         if objective == "grpo":
-            result["rollout_seconds"] = self.rollout_seconds
+            result["rollout_seconds"] = rollout
         if cell["parameters"] == "all":
             result["recipe"] = f"{'pure bf16' if self.args.pure_bf16 else 'bf16 autocast'}, {self.args.optim}"
         return result
@@ -969,7 +985,7 @@ def main():
     parser.add_argument("--device", required=True, choices=["cuda", "cpu"], help="what to measure on")
     parser.add_argument("--model", default="3b", choices=list(MODELS), help="shapes; tiny is for tests on a CPU")
     parser.add_argument("--random_weights", action="store_true", help="there is no other way: nothing is downloaded")
-    parser.add_argument("--minutes", type=float, default=7.0, help="nothing new is begun after so many")
+    parser.add_argument("--minutes", type=float, default=6.5, help="nothing new is begun after so many")
     parser.add_argument("--output_dir", default="benchmarks", help="folder for the table and the JSON")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
