@@ -45,7 +45,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import datasets
-import ijson
 import numpy as np
 import safetensors.numpy
 import torch
@@ -838,6 +837,8 @@ def read_records(source: str):
             head = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
             file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
             if head.startswith(b"["):
+                import ijson
+
                 records = ijson.items(file, "item", use_float=True)
                 for i in range(sys.maxsize):
                     try:

@@ -6,6 +6,7 @@
     python tools/benchmark.py grpo
     python tools/benchmark.py data
     python tools/benchmark.py growth
+    python tools/benchmark.py --device cuda --model 3b --random_weights    # tools/benchmark_gpu.py
 
 The usual way: qwen_vl_utils + HF processor in a DataLoader; HF forward with `labels=`, attention sdpa, batch 1 and
 padded batch 4. Ours: SampleStream; packed rows. Same clips, same grids, same tiny model with Qwen's vocabulary of
@@ -825,6 +826,11 @@ def benchmark_growth(options):
 
 
 def main():
+    if any(word.split("=")[0] == "--device" for word in sys.argv[1:]):
+        import benchmark_gpu
+
+        benchmark_gpu.main()
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sft", "dpo", "cls", "grpo", "data", "growth"], help="what to measure")
     parser.add_argument("--generations", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="grpo: values of G")

@@ -27,7 +27,6 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 
 COLOURS = {
@@ -178,6 +177,8 @@ def save_tiny_model(
 
 def write_clip(path, colour, seed):
     """Write one H.264 clip of 1 to 3 seconds: a moving texture, grey or tinted; all but the tint comes from `seed`."""
+    import av
+
     rng = np.random.default_rng(seed)
     height, width = rng.choice([64, 80, 90, 96, 112, 128], 2).tolist()
     rate = [Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30)][rng.integers(4)]
