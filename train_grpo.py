@@ -17,8 +17,7 @@ Launch, on a CPU or one GPU:
         --model_id demo/half --data_path demo/sft_train.json --reward_funcs accuracy --output_dir out
     accelerate launch --config_file accelerate_configs/one_gpu.yaml train_grpo.py \\
         --model_id Qwen/Qwen2.5-VL-7B-Instruct --data_path data.json --image_folder videos/ --bf16 True \\
-        --reward_funcs format my_rewards.py:closeness --video_resized_width 64 --video_resized_height 64 --fps 0.25 \\
-        --output_dir out
+        --reward_funcs format mine.py:f --video_resized_width 64 --video_resized_height 64 --fps 0.25 --output_dir out
 """
 
 import contextlib

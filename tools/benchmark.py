@@ -54,6 +54,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import numpy as np
 import torch
 import transformers
+from benchmark_gpu import RandomPixels, make_record, padded
 from make_demo import make_demo, save_tiny_model
 
 import multivideo as mv
@@ -718,41 +719,13 @@ GROWTH = {  # what grows: its values, and (videos per sample, frames, pixels, sa
 USUAL_MOST = 5000  # tokens: beyond it the usual way's logits alone take more than 3 GB, and as much again twice
 
 
-class NoiseEncoder(mv.Encoder):
-    """An encoder whose videos are noise of one `shape` (frames, pixels): nothing is decoded."""
-
-    shape = (4, 56)
-
-    def clips(self, parts, folder, known_bad):
-        frames, pixels = self.shape
-        rng = np.random.default_rng(0)
-        noise = [torch.from_numpy(rng.integers(0, 256, (frames, 3, pixels, pixels), np.uint8)) for _ in parts]
-        return [(*mv.patchify(clip, self.patch_size, self.merge_size), 1.0, None) for clip in noise], False
-
-
-def padded_row(samples, encoder):
-    """Encoded samples as the usual collation has them."""
-    batch = []
-    for sample in samples:
-        ids, labels = torch.from_numpy(sample["input_ids"])[None], torch.from_numpy(sample["labels"])[None]
-        patches = mv.normalize_patches(torch.from_numpy(sample["patches"]), encoder.image_mean, encoder.image_std)
-        batch.append({
-            "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values_videos": patches,
-            "mm_token_type_ids": (ids == encoder.config.video_token_id).int() * 2,
-            "video_grid_thw": sample["video_grid_thw"], "second_per_grid_ts": [1.0] * len(sample["video_grid_thw"]),
-        })  # fmt: skip
-    return pad(batch)
-
-
 def time_growth(args, rounds):
     """{(what grows, value): {"tokens": T, way: [seconds]}} of forward and backward, all points and ways in turn."""
-    encoder, points = NoiseEncoder(args.model_id, args), {}
-    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    encoder, points = RandomPixels(args.model_id, args), {}
     for what, values in GROWTH.items():
         for value, (videos, frames, pixels, count) in values.items():
-            encoder.shape = (frames, pixels)
-            record = mv.normalize_conversation({"video": ["noise"] * videos, "conversations": turns}, "record")
-            points[what, value] = [encoder(record, ".")] * count
+            encoder.args = dataclasses.replace(args, nframes=frames, video_resized_width=pixels)
+            points[what, value] = [encoder(make_record("sft", videos, 0), ".")] * count
     models = {
         "usual": transformers.AutoModelForImageTextToText.from_pretrained(args.model_id, dtype=torch.float32).train(),
         "ours": mv.load_model(args, "cpu").train(),
@@ -766,7 +739,7 @@ def time_growth(args, rounds):
                     if times[key]["tokens"] > USUAL_MOST:
                         continue
                     model.model.rope_deltas = None
-                    batch = padded_row(samples, encoder)  # the processor's work: not timed
+                    batch = padded(samples, encoder)  # the processor's work: not timed
                 started = time.perf_counter()
                 if way == "usual":
                     loss = model(**batch, use_cache=False).loss

@@ -149,7 +149,8 @@ class RandomPixels(mv.Encoder):
     def clips(self, parts, folder, known_bad):
         """What mv.Encoder.clips gives, for the size that the arguments name."""
         random, size = np.random.default_rng(0), self.args.video_resized_width
-        frames = [torch.from_numpy(random.integers(0, 256, (FRAMES, 3, size, size), dtype=np.uint8)) for _ in parts]
+        shape = (self.args.nframes, 3, size, size)
+        frames = [torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8)) for _ in parts]
         clips = [mv.patchify(clip, self.patch_size, self.merge_size) for clip in frames]
         return [(patches, grid, SECONDS_PER_GRID, None) for patches, grid in clips], False
 
@@ -232,6 +233,9 @@ def row_work(inputs: dict, config) -> Work:
 SECTION = re.compile(r"\b(patch_embed|blocks\.\d+|merger|layers\.\d+|lm_head|score)\b")
 
 
+MATRICES = (torch.nn.Linear, torch.nn.Conv3d, mv.PatchProjection)
+
+
 def model_flops(model, config, work: Work, backward: bool = True, adapter: bool = True) -> int:
     """Useful FLOPs of a forward (and backward) pass by the formula at the top of this file."""
     vision, text = config.vision_config, config.get_text_config()
@@ -246,7 +250,7 @@ def model_flops(model, config, work: Work, backward: bool = True, adapter: bool 
     for name, module in model.named_modules():
         found = SECTION.search(name)
         left_out = "original_module" in name or ("lora_" in name and not adapter)
-        if found and isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)) and not left_out:
+        if found and isinstance(module, MATRICES) and not left_out:
             sections.setdefault(found[1], []).append((name, module.weight))
     total, behind = 0, False  # behind: is anything trained before this section?
     for section, matrices in sections.items():
