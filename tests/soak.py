@@ -9,6 +9,7 @@ for bit with a run that nothing happened to. The table goes to the screen and to
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -99,7 +100,8 @@ def kill_and_compare(runner, script, flags, way, rounds, rng, folder):
                 if after is not None:
                     run.until_running()
                     time.sleep(after)
-                    run.signal(signal.SIGKILL, rank=rank)
+                    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                        run.signal(signal.SIGKILL, rank=rank)
                 run.wait(kill_others=30)
             except TimeoutError as error:
                 counts["hangs"] += 1
