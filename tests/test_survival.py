@@ -439,6 +439,18 @@ def test_a_process_that_fails_alone(runner, flags, tmp_path, script):
     assert (Path(run.logs[1]).stat().st_mtime_ns) < Path(run.logs[0]).stat().st_mtime_ns  # its message came first
 
 
+def test_a_process_without_a_prompt(runner, flags, unbroken, tmp_path):
+    """The last step of an epoch has one record for two processes: the other has nothing to roll out or to learn."""
+    script = "train_grpo.py"
+    run = runner.run(script, two(flags[script]), tmp_path / "out", world=2)
+    assert run.codes == [0, 0], run.said[1][-3000:]
+    ours, theirs = metrics(tmp_path / "out"), metrics(unbroken(script)[0])
+    assert [row["completions"] for row in ours if "loss" in row] == [6, 6, 6, 6, 3, 6, 6]
+    for key in ("records_crc32", "reward", "completions"):  # those of the first step before anything is learned
+        assert ours[0][key] == pytest.approx(theirs[0][key])
+    assert [row.get("records_crc32") for row in ours] == [row.get("records_crc32") for row in theirs]
+
+
 def test_processes_that_disagree():
     """The exchange names each process's place; nobody waits."""
     own = {"step": 3, "bad_steps": 0}
