@@ -1,9 +1,11 @@
 """LoRA, DoRA and QLoRA against plain peft: what is trained, what is written, and what another program reads back."""
 
+import copy
 import re
 from functools import cache, partial
 
 import bitsandbytes as bnb
+import merge_lora
 import peft
 import pytest
 import torch
@@ -11,6 +13,7 @@ from merge_lora import merge
 from reference import hf_inputs, hf_loss, write_clip
 from safetensors.torch import load_file, save_file
 from test_train import in_process, metrics
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import multivideo as mv
@@ -228,6 +231,37 @@ def test_adapter(case, tiny_model, tied_model, tiny_qwen2_vl, records, data, pro
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(reference(merged), unmerged, rtol=0, atol=1e-5)
     AutoProcessor.from_pretrained(tmp_path / "merged")
+
+
+def test_merging_needs_no_second_copy_of_a_layer():
+    """What peft merges is the same to rounding; nothing larger than ROWS rows in fp32 is made on the way."""
+
+    class Allocations(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor):
+                known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+                new = made.untyped_storage().data_ptr() not in known
+                self.largest = max(self.largest, made.untyped_storage().nbytes() * new)
+            return made
+
+    many, few = 3 * merge_lora.ROWS + 5, 24
+    for kind in ("head", "embeddings", "dora", "dora on embeddings"):
+        torch.manual_seed(0)
+        module = torch.nn.Embedding(many, few) if "embeddings" in kind else torch.nn.Linear(few, many, bias=False)
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False,
+                                 use_dora="dora" in kind)  # fmt: skip
+        models = [peft.get_peft_model(copy.deepcopy(torch.nn.Sequential(module.bfloat16())), config) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        (layer,) = (part for part in models[0].modules() if isinstance(part, peft.tuners.lora.LoraLayer))
+        with Allocations() as made:
+            merge_lora.merge_layer(layer)
+        ours, theirs = models[0].unload()[0].weight, models[1].merge_and_unload()[0].weight
+        assert not torch.equal(ours, module.weight)
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.01, atol=0.01)
+        assert (0 < made.largest <= merge_lora.ROWS * few * 4) == (kind != "dora on embeddings"), (kind, made.largest)
 
 
 def test_merge_refuses(tiny_model, tmp_path):

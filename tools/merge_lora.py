@@ -4,11 +4,14 @@
 
 `--model_id` is what train_*.py wrote: LoRA, DoRA or QLoRA, with whatever was trained beside it (tower, merger, head).
 A QLoRA adapter goes into the 16-bit base. Layers are merged one after the other in place, so that the weights are held
-once: 7B in bf16 are 17 GB. Logits of a text and a video are compared before and after; nothing is written if they
-differ by more than the precision of the weights explains.
+once. Peak memory beyond the libraries, measured with 0.9 billion parameters in bf16 and a tower trained beside the
+adapter: 1.2 times the model with LoRA on all layers, embeddings and head (7B is 17 GB, so about 20 GB), as much with DoRA
+on the layers; 1.7 times with DoRA on embeddings and head too. Logits of a text and a video are compared before and
+after; nothing is written if they differ by more than the precision of the weights explains.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -17,6 +20,8 @@ from pathlib import Path
 
 import peft
 import torch
+from peft.tuners import lora
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +30,7 @@ from train_cls import CLASSIFIERS
 
 # Largest difference of two logits over their standard deviation: rounding of the merged weights, with room to spare.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+ROWS = 4096  # of a layer that are merged at a time
 
 
 @torch.no_grad()
@@ -41,6 +47,31 @@ def probe_logits(model, processor) -> torch.Tensor:
     if hasattr(plain, "score"):
         return plain.score(plain.model(**inputs, use_cache=False).last_hidden_state)[0].float()
     return model(**inputs, use_cache=False).logits[0].float()
+
+
+@torch.no_grad()
+def merge_layer(layer):
+    """Add an adapter to the layer that it stands on, in place, ROWS rows at a time.
+
+    peft makes the whole difference at once, in fp32 and twice: 4.4 GB for the head of 7B. What has no rows of its own
+    (DoRA on embeddings, layers of other kinds) is left to it.
+    """
+    (name,) = layer.active_adapters
+    dora = name in layer.lora_magnitude_vector
+    if isinstance(layer, lora.Embedding) and not dora:
+        left, right = layer.lora_embedding_A[name].T, layer.lora_embedding_B[name].T  # [V, r], [r, D]
+    elif isinstance(layer, lora.Linear) and not layer.lora_bias[name]:
+        left, right = layer.lora_B[name].weight, layer.lora_A[name].weight  # [out, r], [r, in]
+    else:
+        layer.merge()
+        return
+    weight = layer.get_base_layer().weight
+    for start in range(0, len(weight), ROWS):
+        part = slice(start, start + ROWS)
+        merged = (left[part].float() @ right.float()).mul_(layer.scaling[name]).add_(weight[part])
+        if dora:  # rows of the learned lengths
+            merged *= (layer.lora_magnitude_vector[name].weight[part] / merged.norm(dim=1))[:, None]
+        weight[part] = merged
 
 
 def merge(model_id: str, output_path: str, base_model_id: str | None = None, dtype: str = "auto") -> float:
@@ -72,7 +103,9 @@ def merge(model_id: str, output_path: str, base_model_id: str | None = None, dty
     print(f"{base}: {size / 1e9:.2f} GB in {str(model.dtype).removeprefix('torch.')}", file=sys.stderr)
     model = peft.PeftModel.from_pretrained(model, adapter)
     before = probe_logits(model, processor)
-    model = model.merge_and_unload(progressbar=True)
+    for layer in tqdm([module for module in model.modules() if isinstance(module, lora.LoraLayer)], desc="merging"):
+        merge_layer(layer)
+    model = model.unload()
     after = probe_logits(model, processor)
     change = float((after - before).abs().max() / before.std())
     if not change <= TOLERANCE[model.dtype]:  # NaN is refused too
@@ -101,6 +134,7 @@ def main():
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="type of the merged weights (default: the base model's)",
     )  # fmt: skip
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
     merge(**vars(parser.parse_args()))
 
 
