@@ -2206,12 +2206,32 @@ def lr_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
 # ------------------------------------------------------------------------------------------------------ 7. processes
 
 
+BUILD_SECONDS = 900  # more than it takes to compile one of DeepSpeed's extensions
+
+
+def remove_dead_locks(root: str | None = None):
+    """Remove what a process that was killed while it compiled left behind: every later one would wait for it for ever.
+
+    torch's lock for DeepSpeed's extensions is a file that names no owner; one of BUILD_SECONDS or more is a dead one's.
+    """
+    from torch.utils.cpp_extension import get_default_build_root  # here: it warns where there is no GPU
+
+    root = root or os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    for lock in [*Path(root).glob("*/lock"), *Path(root).glob("*/*/lock")]:
+        with contextlib.suppress(FileNotFoundError):  # just released, or removed by another process
+            if lock.stat().st_mtime < time.time() - BUILD_SECONDS:
+                lock.unlink()
+                say(f"removed {lock}: it was left behind when a compilation was killed")
+
+
 def make_accelerator(args: TrainingArguments) -> Accelerator:
     """The Accelerator of a run: one process, DDP, DeepSpeed or FSDP2, on CUDA, or with gloo on CPUs.
 
     Precision and accumulation are the script's, not the launcher's; what DeepSpeed must know of them it is told here.
     """
     no_cuda, use_deepspeed = not torch.cuda.is_available(), launched_with("deepspeed")
+    if use_deepspeed:
+        remove_dead_locks()
     accelerator = Accelerator(
         cpu=no_cuda and not use_deepspeed,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_cuda and use_deepspeed else [],
