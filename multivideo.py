@@ -2212,7 +2212,7 @@ BUILD_SECONDS = 900  # more than it takes to compile one of DeepSpeed's extensio
 def remove_dead_locks(root: str | None = None):
     """Remove what a process that was killed while it compiled left behind: every later one would wait for it for ever.
 
-    torch's lock for DeepSpeed's extensions is a file that names no owner; one of BUILD_SECONDS or more is a dead one's.
+    torch's lock for DeepSpeed's extensions is a file that names no owner; one as old as BUILD_SECONDS is a dead one's.
     """
     from torch.utils.cpp_extension import get_default_build_root  # here: it warns where there is no GPU
 
