@@ -926,8 +926,9 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     ]
     if not identity:  # a hub dataset: its fingerprint changes with its commit
         identity = [_open_table(source)._fingerprint]
-    # The code is part of the key: rows made by another version of the rules are not reused.
-    code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(getattr(normalize, "func", normalize)),
+    # The code is part of the key (this section, the trainer's rules): rows by another version of it are not reused.
+    section = inspect.getsource(sys.modules[__name__]).split("- 2. records\n")[1].split("- 3. sampling and")[0]
+    code = [section, inspect.getsource(getattr(normalize, "func", normalize)),
             str(getattr(normalize, "keywords", ""))]  # fmt: skip
     key = hashlib.sha256(json.dumps([source, identity, code, str(features)]).encode()).hexdigest()[:32]
     try:
