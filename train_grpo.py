@@ -441,7 +441,7 @@ def generate(engine, prompts: list[dict], encoder, args, draws: list[np.ndarray]
     All prompts are decoded together, as many at once as --rollout_cache_gb holds; it breaks off, and the completions
     with it, once a signal is in `caught`. Call it under `engine.gathered()`: the processes need not be in step.
     """
-    model, G = engine.raw_model, 1 if draws is None else len(draws[0])
+    model, G = engine.raw_model, len(draws[0]) if draws else 1
     config = engine.raw_model.config.get_text_config()
     token_bytes = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * (
         config.hidden_size // config.num_attention_heads)  # fmt: skip

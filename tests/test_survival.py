@@ -328,11 +328,16 @@ FULL = {  # where the disk fails, from which point on, how; which checkpoints ar
     "rename": (r"rename OUT/checkpoint-4", "EROFS", [2]),
     "metrics": (r"open OUT/metrics", "ENOSPC", []),
     "final model": (r"open OUT/\.model\.aside/", "EROFS", [2, 4, 6]),
+    "predictions": (r"open OUT/\.predictions", "ENOSPC", []),
+    "completions": (r"open OUT/completions", "ENOSPC", []),
 }  # fmt: skip
+OWN_FILES = {"predictions": "train_cls.py", "completions": "train_grpo.py"}
 
 
-@pytest.mark.parametrize("place", FULL)
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script, place", [
+    *((script, place) for script in ("train_sft.py", "train_dpo.py") for place in FULL if place not in OWN_FILES),
+    *((script, place) for place, script in OWN_FILES.items()),
+])  # fmt: skip
 def test_full_and_broken_disks(runner, flags, unbroken, tmp_path, script, place):
     """One message, exit code 1, what was there is intact, no rubbish left; with room again it ends as ever."""
     pattern, do, left = FULL[place]
@@ -432,6 +437,18 @@ def test_a_process_that_fails_alone(runner, flags, tmp_path, script):
     assert "process 0 ends because another one has ended: that one says why" in run.said[0]
     assert steps_of(tmp_path / "out") == [2]
     assert (Path(run.logs[1]).stat().st_mtime_ns) < Path(run.logs[0]).stat().st_mtime_ns  # its message came first
+
+
+def test_a_process_without_a_prompt(runner, flags, unbroken, tmp_path):
+    """The last step of an epoch has one record for two processes: the other has nothing to roll out or to learn."""
+    script = "train_grpo.py"
+    run = runner.run(script, two(flags[script]), tmp_path / "out", world=2)
+    assert run.codes == [0, 0], run.said[1][-3000:]
+    ours, theirs = metrics(tmp_path / "out"), metrics(unbroken(script)[0])
+    assert [row["completions"] for row in ours if "loss" in row] == [6, 6, 6, 6, 3, 6, 6]
+    for key in ("records_crc32", "reward", "completions"):  # those of the first step before anything is learned
+        assert ours[0][key] == pytest.approx(theirs[0][key])
+    assert [row.get("records_crc32") for row in ours] == [row.get("records_crc32") for row in theirs]
 
 
 def test_processes_that_disagree():
