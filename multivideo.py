@@ -2384,8 +2384,12 @@ class Engine:
         if self.deepspeed and self.model.zero_optimization_partition_weights():
             import deepspeed
 
+            offload = self.model.optimizer.parameter_offload
             with deepspeed.zero.unwrap_model_for_generation(self.model):
+                offload.fwd_pre_hook.remove()  # which it leaves in place: now and then it waits for all processes
                 yield
+            reset = lambda *_: offload.get_param_coordinator().reset_step()
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(reset, prepend=True)
         elif self.accelerator.is_fsdp2:
             blocks = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
             for block in blocks:
