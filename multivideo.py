@@ -926,8 +926,9 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     ]
     if not identity:  # a hub dataset: its fingerprint changes with its commit
         identity = [_open_table(source)._fingerprint]
-    # The code is part of the key: rows made by another version of the rules are not reused.
-    code = [inspect.getsource(sys.modules[__name__]), inspect.getsource(getattr(normalize, "func", normalize)),
+    # The code is part of the key (this section, the trainer's rules): rows by another version of it are not reused.
+    section = inspect.getsource(sys.modules[__name__]).split("- 2. records\n")[1].split("- 3. sampling and")[0]
+    code = [section, inspect.getsource(getattr(normalize, "func", normalize)),
             str(getattr(normalize, "keywords", ""))]  # fmt: skip
     key = hashlib.sha256(json.dumps([source, identity, code, str(features)]).encode()).hexdigest()[:32]
     try:
@@ -2206,12 +2207,32 @@ def lr_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
 # ------------------------------------------------------------------------------------------------------ 7. processes
 
 
+BUILD_SECONDS = 900  # more than it takes to compile one of DeepSpeed's extensions
+
+
+def remove_dead_locks(root: str | None = None):
+    """Remove what a process that was killed while it compiled left behind: every later one would wait for it for ever.
+
+    torch's lock for DeepSpeed's extensions is a file that names no owner; one as old as BUILD_SECONDS is a dead one's.
+    """
+    from torch.utils.cpp_extension import get_default_build_root  # here: it warns where there is no GPU
+
+    root = root or os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    for lock in [*Path(root).glob("*/lock"), *Path(root).glob("*/*/lock")]:
+        with contextlib.suppress(FileNotFoundError):  # just released, or removed by another process
+            if lock.stat().st_mtime < time.time() - BUILD_SECONDS:
+                lock.unlink()
+                say(f"removed {lock}: it was left behind when a compilation was killed")
+
+
 def make_accelerator(args: TrainingArguments) -> Accelerator:
     """The Accelerator of a run: one process, DDP, DeepSpeed or FSDP2, on CUDA, or with gloo on CPUs.
 
     Precision and accumulation are the script's, not the launcher's; what DeepSpeed must know of them it is told here.
     """
     no_cuda, use_deepspeed = not torch.cuda.is_available(), launched_with("deepspeed")
+    if use_deepspeed:
+        remove_dead_locks()
     accelerator = Accelerator(
         cpu=no_cuda and not use_deepspeed,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_cuda and use_deepspeed else [],
@@ -2363,8 +2384,12 @@ class Engine:
         if self.deepspeed and self.model.zero_optimization_partition_weights():
             import deepspeed
 
+            offload = self.model.optimizer.parameter_offload
             with deepspeed.zero.unwrap_model_for_generation(self.model):
+                offload.fwd_pre_hook.remove()  # which it leaves in place: now and then it waits for all processes
                 yield
+            reset = lambda *_: offload.get_param_coordinator().reset_step()
+            offload.fwd_pre_hook = offload.module.register_forward_pre_hook(reset, prepend=True)
         elif self.accelerator.is_fsdp2:
             blocks = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
             for block in blocks:

@@ -27,14 +27,8 @@ for folder in (ROOT, ROOT / "tools", ROOT / "tests"):
     sys.path.insert(0, str(folder))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from survival import Runner, at, differences  # before torch: it only starts processes
+from survival import ZERO3, Runner, at, differences  # before torch: it only starts processes
 
-ZERO3 = {  # what accelerate launch sets for accelerate_configs/zero3.yaml
-    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 3,
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none", "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage",
-}  # fmt: skip
 WAYS = {  # name → processes, environment, rows per step and process
     "1 process": (1, {}, 2),
     "2 processes, DDP": (2, {}, 1),

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from reference import write_clip
-from survival import ROOT, Runner, at, differences, metrics
+from survival import ROOT, ZERO3, Runner, at, differences, metrics
 
 import multivideo as mv
 
@@ -439,10 +439,11 @@ def test_a_process_that_fails_alone(runner, flags, tmp_path, script):
     assert (Path(run.logs[1]).stat().st_mtime_ns) < Path(run.logs[0]).stat().st_mtime_ns  # its message came first
 
 
-def test_a_process_without_a_prompt(runner, flags, unbroken, tmp_path):
+@pytest.mark.parametrize("env", [{}, ZERO3], ids=["DDP", "ZeRO-3"])
+def test_a_process_without_a_prompt(runner, flags, unbroken, tmp_path, env):
     """The last step of an epoch has one record for two processes: the other has nothing to roll out or to learn."""
     script = "train_grpo.py"
-    run = runner.run(script, two(flags[script]), tmp_path / "out", world=2)
+    run = runner.run(script, two(flags[script]), tmp_path / "out", world=2, env=env)
     assert run.codes == [0, 0], run.said[1][-3000:]
     ours, theirs = metrics(tmp_path / "out"), metrics(unbroken(script)[0])
     assert [row["completions"] for row in ours if "loss" in row] == [6, 6, 6, 6, 3, 6, 6]

@@ -434,13 +434,13 @@ def test_predicted_memory_is_what_a_step_allocates(small_model, name):
     encoder, optimizer = mv.Encoder(small_model, args), mv.make_optimizer(model, args)
     for group in optimizer.param_groups:
         group["foreach"] = True  # as on a GPU
-    grid = torch.tensor([[2, 8, 8]] * 6)
-    ids = torch.tensor(([1] * 6 + [encoder.config.video_token_id] * 32) * len(grid) + [2] * 20)
+    grid = np.array([[2, 8, 8]] * 6)
+    ids = np.array(([1] * 6 + [encoder.config.video_token_id] * 32) * len(grid) + [2] * 20)
     labels = np.full(len(ids), -100)
     labels[-20:] = 2
     patches = np.random.default_rng(0).integers(0, 255, (int(grid.prod(1).sum()), 1176), dtype=np.uint8)
-    positions = encoder.positions(ids, grid, [1.0] * len(grid)).numpy()
-    sample = {"input_ids": ids.numpy(), "labels": labels, "video_grid_thw": grid.numpy(), "patches": patches,
+    positions = encoder.positions(ids, grid, [1.0] * len(grid))
+    sample = {"input_ids": ids, "labels": labels, "video_grid_thw": grid, "patches": patches,
               "lengths": np.array([len(ids)]), "position_ids": positions}  # fmt: skip
     autocast = torch.autocast(
         "cpu", mv.autocast_dtype(args) or torch.bfloat16, enabled=mv.autocast_dtype(args) is not None
@@ -448,14 +448,14 @@ def test_predicted_memory_is_what_a_step_allocates(small_model, name):
     with Allocated(*model.parameters()) as allocated:
         for _ in range(2):
             allocated.most = 0
-            packed = [mv.pack([sample], encoder, "cpu") for _ in range(rows)]
-            for inputs, targets, _ in packed:
+            for _ in range(rows):
+                inputs, targets, _ = mv.pack([sample], encoder, "cpu")
                 with autocast:
                     loss = train_sft.sft_loss(model(**inputs).logits, targets)
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            del packed, inputs, targets, loss
+            del inputs, targets, loss
     predicted = gpu_memory.MemoryModel(args, gpu_memory.read_launcher(None, None)).peak(len(ids), len(patches), 20)
     assert (predicted["gib"] - gpu_memory.RUNTIME_GIB) * 2**30 == pytest.approx(allocated.most, rel=0.05)
 

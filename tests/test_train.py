@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -307,3 +308,17 @@ def test_bad_video_is_one_message(demo, flags, tmp_path, monkeypatch):
     (tmp_path / "data.json").write_text(json.dumps(records))
     with pytest.raises(ValueError, match=r"record train-5: .*missing\.mp4: No such file"):
         in_process(monkeypatch, *flags[:-2], "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out")
+
+
+def test_locks_of_killed_compilations_are_removed(tmp_path, capsys):
+    """DeepSpeed's processes wait for ever for a compilation that was killed; those under way are left alone."""
+    folders = [tmp_path / "py311_cu130" / "cpu_adam", tmp_path / "own", tmp_path / "under_way"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "lock").touch()
+    for folder in folders[:2]:
+        os.utime(folder / "lock", (0, time.time() - mv.BUILD_SECONDS - 1))
+    mv.remove_dead_locks(str(tmp_path))
+    assert [folder.name for folder in folders if (folder / "lock").exists()] == ["under_way"]
+    assert capsys.readouterr().err.count("was left behind when a compilation was killed") == 2
+    mv.remove_dead_locks(str(tmp_path / "missing"))

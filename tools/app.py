@@ -149,7 +149,7 @@ CSS = """
 .clip h3 span { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .strip { display: flex; flex-wrap: wrap; gap: 6px; max-height: 360px; overflow: auto; margin-top: .5rem; }
 .strip figure { margin: 0; text-align: center; }
-.strip img { display: block; margin: 0; max-width: none; border-radius: 3px; }
+.strip img { display: block; margin: 0; width: auto; height: auto; max-height: 96px; border-radius: 3px; }
 .strip figcaption { font-size: .7rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }
 .wrong { border-left: 3px solid #dc2626; border-radius: 4px; padding: .5rem .75rem; margin: .3rem 0; font-size: .9rem;
          background: color-mix(in srgb, #dc2626 10%, transparent); overflow-wrap: anywhere; }
@@ -171,7 +171,7 @@ def unreadable(bad: dict[str, str]) -> list[str]:
 
 
 def picture(frame: torch.Tensor, caption: str) -> str:
-    """One frame uint8 [height, width, 3] in its own size, with its time."""
+    """One frame uint8 [height, width, 3] with its time; shown in its own size, or smaller where it is a high one."""
     file, (height, width, _) = io.BytesIO(), frame.shape
     Image.fromarray(frame.numpy()).save(file, "JPEG", quality=95, subsampling=0)
     data = base64.b64encode(file.getvalue()).decode()

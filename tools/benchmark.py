@@ -767,8 +767,8 @@ def benchmark_growth(options):
     report, middle = Report(""), statistics.median
     report.lines = ["Forward and backward of one row. Exponent: time ~ tokens^exponent, fitted to all points; 1: "
                     "time per token is flat.", ""]  # fmt: skip
-    figure = Figure((16, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(GROWTH))
+    figure = Figure((19, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(GROWTH) + 1)
     for ax, (what, values) in zip(axes, GROWTH.items()):
         rows = [times[what, value] for value in values]
         report.raw["seconds"][what] = {value: times[what, value] for value in values}
@@ -781,8 +781,6 @@ def benchmark_growth(options):
             ax.plot(list(values)[: len(tokens)], [1e6 * s / t for s, t in zip(seconds, tokens)], "o-", label=label)
         report.raw["ratios"][what] = {f"exponent, {way}": value for way, value in told.items()}
         ax.set(xscale="log", yscale="log", xlabel=what, xticks=list(values), xticklabels=list(values))
-        ax.minorticks_off()
-        ax.legend()
         report.lines += [f"| {what} | tokens in the row | usual way, s | ours, s | ours, µs per token | ratio |",
                          "|---|---|---|---|---|---|"]  # fmt: skip
         for value, row in zip(values, rows):
@@ -793,6 +791,17 @@ def benchmark_growth(options):
                                 f"{times_as_fast} |")  # fmt: skip
         report.lines += ["", f"Exponents: usual way {told['usual']:.2f}, ours {told['ours']:.2f}.", ""]
     axes[0].set_ylabel("µs per token, forward and backward")
+    groups = Path(options.output_dir) / "grpo.json"  # measured by itself
+    steps = json.loads(groups.read_text())["seconds"] if groups.is_file() else {}
+    steps = {int(name.split()[2][:-1]): both for name, both in steps.items() if name.endswith("whole step")}
+    for way in ("usual", "ours"):
+        values = [middle(both[way]) / G for G, both in steps.items()]
+        axes[-1].plot(list(steps), values, "o-", label="usual way" if way == "usual" else way)
+    axes[-1].set(xscale="log", yscale="log", xlabel="completions per prompt (GRPO)", xticks=list(steps),
+                 xticklabels=list(steps), ylabel="s per completion, rollout and update")  # fmt: skip
+    for ax in axes:
+        ax.minorticks_off()
+        ax.legend()
     report.lines.append(f"The usual way is not run above {USUAL_MOST} tokens: its logits would not fit.")
     report.write("growth", options.rounds, options.output_dir)
     figure.savefig(Path(options.output_dir) / "growth.png", dpi=110)

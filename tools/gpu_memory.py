@@ -186,9 +186,9 @@ class MemoryModel:
                 saved[part] += (width[part] * size[part] if flows else 0) if args.gradient_checkpointing else own
                 block[part] = max(block[part], own)
         again = {part: block[part] * BACKWARD if args.gradient_checkpointing else 0 for part in block}
-        pixels = args.gradient_accumulation_steps * patches * patch_dim * 4  # all rows of a step are on the GPU
-        logits, chunk = supervised * text.vocab_size, min(supervised, 1024) * text.vocab_size
-        head = logits * e * (2 if supervised <= 1024 else 3) + chunk * 8
+        pixels, logits = patches * patch_dim * 4, supervised * text.vocab_size
+        chunk = min(logits * 4, mv.LOGPS_BYTES)  # of mv.token_logps
+        head = logits * e * 2 + chunk * 2
         states = self.states()
         base, gradients, casts = states["weights"] + states["optimizer"] + pixels, states["gradients"], states["casts"]
         if args.gradient_accumulation_steps > 1:  # those of earlier rows are there all the time
@@ -196,7 +196,7 @@ class MemoryModel:
         kept = 0 if args.gradient_checkpointing else casts
         activations = sum(saved.values())
         moments = {
-            "end of the forward pass": base + activations + casts + logits * e + chunk * 8,
+            "end of the forward pass": base + activations + casts + logits * e + chunk * 2,
             "start of the backward pass": base + activations + kept + max(head, again["llm"]),
             "backward pass of the tower": base + gradients * self.trained_llm / max(1, self.trained) + kept
             + saved["vision"] + again["vision"],
