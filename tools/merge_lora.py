@@ -5,9 +5,9 @@
 `--model_id` is what train_*.py wrote: LoRA, DoRA or QLoRA, with whatever was trained beside it (tower, merger, head).
 A QLoRA adapter goes into the 16-bit base. Layers are merged one after the other in place, so that the weights are held
 once. Peak memory beyond the libraries, measured with 0.9 billion parameters in bf16 and a tower trained beside the
-adapter: 1.2 times the model with LoRA on all layers, embeddings and head (7B is 17 GB, so about 20 GB), as much with DoRA
-on the layers; 1.7 times with DoRA on embeddings and head too. Logits of a text and a video are compared before and
-after; nothing is written if they differ by more than the precision of the weights explains.
+adapter: 1.2 times the model with LoRA on all layers, embeddings and head (7B is 17 GB, so about 20 GB), as much with
+DoRA on the layers; 1.7 times with DoRA on embeddings and head too. Logits of a text and a video are compared before
+and after; nothing is written if they differ by more than the precision of the weights explains.
 """
 
 import argparse
