@@ -56,7 +56,9 @@ def candidates(points, phase, start):
         steps = [i for i, point in enumerate(points) if point == "exchange"]
         return [i for i in numbers if any(steps[k] <= i < steps[k + 1] for k in (4, 9) if k + 1 < len(steps))]
     if phase == "mid-accumulation":  # not the first row of a step
-        return [i for i in numbers if points[i] == "backward" and points[i - 1] == "backward"]
+        behind = {i: points[max(k for k in range(i) if points[k] == "exchange") : i]
+                  for i in numbers if points[i] == "backward"}  # fmt: skip
+        return [i for i, row in behind.items() if "backward" in row]
     return [i for i in numbers if PHASES[phase] and re.search(PHASES[phase], points[i])]
 
 
