@@ -1784,13 +1784,6 @@ for _kernel in ("sdpa", "varlen", "flash_attn"):
     AttentionInterface.register(f"flash_packed_{_kernel}", functools.partial(packed_attention, kernel=_kernel))
 
 
-def use_packed_attention(model, kernel: str):
-    """Let every part of a loaded model compute attention by packed_attention with this kernel."""
-    for module in model.modules():
-        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
-            module.config._attn_implementation = f"flash_packed_{kernel}"
-
-
 class PatchProjection(torch.nn.Module):
     """The tower's Conv3d, whose kernel is one whole patch, as the matrix product that it is: [P, 3, 2, p, p] → [P, D].
 
@@ -1803,6 +1796,15 @@ class PatchProjection(torch.nn.Module):
 
     def forward(self, patches):
         return F.linear(patches.flatten(1), self.weight.flatten(1))
+
+
+def use_packed_attention(model, kernel: str):
+    """Let every part of a loaded model compute attention by packed_attention with this kernel; see PatchProjection."""
+    for module in list(model.modules()):
+        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
+            module.config._attn_implementation = f"flash_packed_{kernel}"
+        if isinstance(getattr(module, "proj", None), torch.nn.Conv3d):
+            module.proj = PatchProjection(module.proj)
 
 
 def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Tensor:
@@ -1989,7 +1991,6 @@ def load_model(
         source, config=config, cache_dir=args.cache_dir, dtype=dtype, attn_implementation="sdpa",
         output_loading_info=True, **quantization(args, low, device),
     )  # fmt: skip
-    model.model.visual.patch_embed.proj = PatchProjection(model.model.visual.patch_embed.proj)
     head = {name for name, _ in model.named_parameters() if part_of(name) == "head"}
     fresh_head = bool(head) and source == args.model_id and set(info["missing_keys"]) == head
     if missing := set() if fresh_head else info["missing_keys"]:
