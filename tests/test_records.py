@@ -358,14 +358,14 @@ def test_options_may_come_late(tmp_path):
     assert loaded[2001]["id"] == "line 2002"
 
 
-def test_a_list_after_60_000_strings(tmp_path):
+def test_a_list_after_120_000_strings(tmp_path):
     line = json.dumps(llava("?", "!", video="a.mp4"))
     path = tmp_path / "long.json"
-    path.write_text("[" + (line + ",\n") * 60_000 + json.dumps(llava("?", "!", video=["a.mp4", "b.mp4"])) + "]")
+    path.write_text("[" + (line + ",\n") * 120_000 + json.dumps(llava("?", "!", video=["a.mp4", "b.mp4"])) + "]")
     loaded = load(path)
-    assert len(loaded) == 60_001
-    assert loaded[59_999]["messages"][0]["content"] == [video("a.mp4"), text("?")]
-    assert loaded[60_000]["messages"][0]["content"] == [video("a.mp4"), video("b.mp4"), text("?")]
+    assert len(loaded) == 120_001
+    assert loaded[119_999]["messages"][0]["content"] == [video("a.mp4"), text("?")]
+    assert loaded[120_000]["messages"][0]["content"] == [video("a.mp4"), video("b.mp4"), text("?")]
 
 
 def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(tmp_path, monkeypatch):
