@@ -1910,7 +1910,7 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
     return row, targets, sequences
 
 
-LOGPS_BYTES = 32 << 20  # of fp32 logits that token_logps works on at a time: what glibc hands out again and again
+LOGPS_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits that token_logps works on at a time
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -1918,7 +1918,8 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, temperature):
-        ctx.rows, ctx.temperature = max(1, LOGPS_BYTES // (4 * logits.shape[1])), temperature
+        most = LOGPS_BYTES["cpu" if logits.device.type == "cpu" else "cuda"]
+        ctx.rows, ctx.temperature = max(1, most // (4 * logits.shape[1])), temperature
         logps, normalizers = torch.empty(2, len(targets), device=logits.device)
         for rows in _slices(len(targets), ctx.rows):
             scaled = logits[rows].float() / temperature
@@ -1932,9 +1933,12 @@ class _TokenLogps(torch.autograd.Function):
         logits, targets, normalizers = ctx.saved_tensors
         output, gradient = torch.empty_like(logits), gradient / ctx.temperature
         for rows in _slices(len(targets), ctx.rows):  # gradient × (1 at the target − probabilities)
-            part, g = logits[rows].float() / ctx.temperature, gradient[rows, None]
-            part = part.sub_(normalizers[rows, None]).exp_().mul_(-g)
-            output[rows] = part.scatter_add_(1, targets[rows, None], g)
+            part, g = output[rows], gradient[rows, None]
+            values = part if part.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+            values.copy_(logits[rows]).div_(ctx.temperature)
+            values.sub_(normalizers[rows, None]).exp_().mul_(-g).scatter_add_(1, targets[rows, None], g)
+            if values is not part:
+                part.copy_(values)
         return output, None, None
 
 

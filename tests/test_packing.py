@@ -292,7 +292,7 @@ def test_attention_without_plan_is_refused(tiny_model):
 @pytest.mark.parametrize("rows", [16, 50, 1000])
 def test_token_logps(monkeypatch, rows, temperature, dtype):
     """Values and gradients, by any number of rows at a time, are those of log_softmax in fp32."""
-    monkeypatch.setattr(mv, "LOGPS_BYTES", rows * 31 * 4)
+    monkeypatch.setattr(mv, "LOGPS_BYTES", {"cpu": rows * 31 * 4})
     torch.manual_seed(0)
     logits, targets = (10 * torch.randn(1, 50, 31)).to(dtype).requires_grad_(), torch.randint(0, 31, (50,))
     weights = torch.randn(50)

@@ -590,7 +590,8 @@ class Report:
         for title, k in ((f"{name}, GiB", 0), ("… beyond libraries, weights and Adam", 1)):
             ours, usual, text = values["ours"][k], "does not fit", ""
             if "usual" in values:
-                usual, text = f"{values['usual'][k]:.2f}", f"{values['usual'][k] / ours:.1f}×"
+                usual = f"{values['usual'][k]:.2f}"
+                text = f"{values['usual'][k] / ours:.1f}×" if ours >= 0.01 else ""
             self.lines.append(f"| {title} | {usual} | {ours:.2f} | {text} |")
 
     def write(self, name: str, rounds: int, output_dir: str):

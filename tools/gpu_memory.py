@@ -187,7 +187,7 @@ class MemoryModel:
                 block[part] = max(block[part], own)
         again = {part: block[part] * BACKWARD if args.gradient_checkpointing else 0 for part in block}
         pixels, logits = patches * patch_dim * 4, supervised * text.vocab_size
-        chunk = min(logits * 4, mv.LOGPS_BYTES)  # of mv.token_logps
+        chunk = min(logits * 4, mv.LOGPS_BYTES["cuda"])  # of mv.token_logps
         head = logits * e * 2 + chunk * 2
         states = self.states()
         base, gradients, casts = states["weights"] + states["optimizer"] + pixels, states["gradients"], states["casts"]
