@@ -606,7 +606,7 @@ class Report:
 
 def benchmark_data(options):
     """Clips of several kinds, the cache, waiting, and whole runs."""
-    report = Report("ms per sample of 30 videos × 4 frames × 56 px, 2 workers")
+    report = Report("a sample of 30 videos × 4 frames × 56 px, 2 workers")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         args = tiny_arguments(mv.TrainingArguments, folder)
@@ -767,53 +767,64 @@ def time_growth(args, rounds):
 
 def benchmark_growth(options):
     """How a step's time grows with each thing that a row can have more of: tables, exponents and a picture."""
-    from matplotlib.figure import Figure
-
     with tempfile.TemporaryDirectory() as temporary:
         save_tiny_model(Path(temporary) / "model", vocab_size=151936)
         args = tiny_arguments(train_sft.SFTArguments, Path(temporary), max_seq_length=10**6)
         times = time_growth(args, options.rounds)
-    report, middle = Report(""), statistics.median
+    report = Report("")
     report.lines = ["Forward and backward of one row. Exponent: time ~ tokens^exponent, fitted to all points; 1: "
                     "time per token is flat.", ""]  # fmt: skip
-    figure = Figure((19, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(GROWTH) + 1)
-    for ax, (what, values) in zip(axes, GROWTH.items()):
-        rows = [times[what, value] for value in values]
-        report.raw["seconds"][what] = {value: times[what, value] for value in values}
-        told = {}
-        for way in ("usual", "ours"):
-            tokens = [row["tokens"] for row in rows if way in row]
-            seconds = [middle(row[way]) for row in rows if way in row]
-            told[way] = np.polyfit(np.log(tokens), np.log(seconds), 1)[0]
-            label = f"{'usual way' if way == 'usual' else way}: tokens^{told[way]:.2f}"
-            ax.plot(list(values)[: len(tokens)], [1e6 * s / t for s, t in zip(seconds, tokens)], "o-", label=label)
-        report.raw["ratios"][what] = {f"exponent, {way}": value for way, value in told.items()}
-        ax.set(xscale="log", yscale="log", xlabel=what, xticks=list(values), xticklabels=list(values))
+    for what, values in GROWTH.items():
+        rows = {value: times[what, value] for value in values}
+        report.raw["seconds"][what] = rows
+        exponents = report.raw["ratios"][what] = {}
         report.lines += [f"| {what} | tokens in the row | usual way, s | ours, s | ours, µs per token | ratio |",
                          "|---|---|---|---|---|---|"]  # fmt: skip
-        for value, row in zip(values, rows):
+        for value, row in rows.items():
             usual = spread(row["usual"]) if "usual" in row else "not run"
-            each = 1e6 * middle(row["ours"]) / row["tokens"]
+            each = 1e6 * statistics.median(row["ours"]) / row["tokens"]
             times_as_fast = ratio(row["usual"], row["ours"])[0] if "usual" in row else ""
             report.lines.append(f"| {value} | {row['tokens']} | {usual} | {spread(row['ours'])} | {each:.0f} | "
                                 f"{times_as_fast} |")  # fmt: skip
-        report.lines += ["", f"Exponents: usual way {told['usual']:.2f}, ours {told['ours']:.2f}.", ""]
-    axes[0].set_ylabel("µs per token, forward and backward")
-    groups = Path(options.output_dir) / "grpo.json"  # measured by itself
-    steps = json.loads(groups.read_text())["seconds"] if groups.is_file() else {}
-    steps = {int(name.split()[2][:-1]): both for name, both in steps.items() if name.endswith("whole step")}
-    for way in ("usual", "ours"):
-        values = {G: middle(both[way]) / G for G, both in steps.items() if both[way]}
-        axes[-1].plot(list(values), list(values.values()), "o-", label="usual way" if way == "usual" else way)
-    axes[-1].set(xscale="log", yscale="log", xlabel="completions per prompt (GRPO)", xticks=list(steps),
-                 xticklabels=list(steps), ylabel="s per completion, rollout and update")  # fmt: skip
-    for ax in axes:
-        ax.minorticks_off()
-        ax.legend()
+        for way in ("usual", "ours"):
+            points = [(row["tokens"], statistics.median(row[way])) for row in rows.values() if way in row]
+            exponents[way] = np.polyfit(*np.log(points).T, 1)[0]
+        told = f"usual way {exponents['usual']:.2f}, ours {exponents['ours']:.2f}"
+        report.lines += ["", f"Exponents: {told}.", ""]
     report.lines.append(f"The usual way is not run above {USUAL_MOST} tokens: its logits would not fit.")
     report.write("growth", options.rounds, options.output_dir)
-    figure.savefig(Path(options.output_dir) / "growth.png", dpi=110)
+    draw_growth(Path(options.output_dir))
+
+
+def draw_growth(folder: Path):
+    """growth.png from growth.json and, where it was measured too, grpo.json: time per token and per completion."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    raw, panels = json.loads((folder / "growth.json").read_text()), []
+    for what, rows in raw["seconds"].items():
+        lines = {}
+        for way in ("usual", "ours"):
+            label = f"{'usual way' if way == 'usual' else way}: tokens^{raw['ratios'][what][way]:.2f}"
+            lines[label] = {int(value): 1e6 * statistics.median(row[way]) / row["tokens"]
+                            for value, row in rows.items() if way in row}  # fmt: skip
+        panels.append((what, "µs per token, forward and backward", lines))
+    if (folder / "grpo.json").is_file():
+        steps = {int(name.split()[2][:-1]): both for name, both in
+                 json.loads((folder / "grpo.json").read_text())["seconds"].items()
+                 if name.endswith("whole step")}  # fmt: skip
+        lines = {label: {G: statistics.median(both[way]) / G for G, both in steps.items() if both[way]}
+                 for way, label in (("usual", "usual way"), ("ours", "ours"))}  # fmt: skip
+        panels.append(("completions per prompt (GRPO)", "s per completion, rollout and update", lines))
+    figure = Figure((4 * len(panels), 3.6), layout="constrained")
+    for ax, (what, unit, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, values in lines.items():
+            ax.plot(list(values), list(values.values()), "o-", label=label)
+        ticks = list(values)  # of the last one, ours
+        ax.set(xscale="log", yscale="log", xlabel=what, ylabel=unit, xticks=ticks, xticklabels=ticks)
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.legend()
+    figure.savefig(folder / "growth.png", dpi=110)
 
 
 def main():
