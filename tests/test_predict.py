@@ -161,7 +161,7 @@ def test_killed_for_real(data, model, predicted, tmp_path, monkeypatch, processe
             if os.fsencode(output) in path.read_bytes():
                 os.kill(int(path.parent.name), signal.SIGKILL)
     process.wait()
-    assert all(3 <= count < 54 // processes for count in counts()) and output.exists() == (processes == 1)
+    assert min(counts()) >= 3 and sum(counts()) < 54 and output.exists() == (processes == 1)
     rows = [row for file in files for row in lines(file)]
     assert len({row["id"] for row in rows}) == len(rows)
     with pytest.raises(mv.InputError, match="max_new_tokens: 8 then, 9 now"):
