@@ -48,7 +48,7 @@ demo-grpo: .venv/run.done
 	$(BIN)/python tools/show_demo.py demo --before half --after out_grpo
 
 test: .venv/dev.done lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
