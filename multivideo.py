@@ -1622,7 +1622,8 @@ class Encoder:
         steps, rows = np.ones(len(input_ids), np.int64), np.empty((4, len(input_ids)), np.int64)
         sides = grids[:, 1:] // self.merge_size
         ends = starts + grids[:, 0] * sides.prod(1)
-        steps[ends[ends < len(steps)]] += (sides.max(1) - (ends - starts))[ends < len(steps)]
+        inside = ends < len(steps)  # all but a clip that ends the sample
+        steps[ends[inside]] += (sides.max(1) - (ends - starts))[inside]
         rows[0], rows[1:] = np.arange(len(input_ids)), steps.cumsum() - 1
         for start, end, t, (h, w), second in zip(starts, ends, grids[:, 0], sides, seconds):
             # float32 as the processor hands seconds over: temporal positions are floored.
@@ -1897,13 +1898,14 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
     kept, targets, sequences = (
         torch.from_numpy(np.concatenate(values)).to(device, non_blocking=True) for values in (kept, targets, sequences)
     )
+    grids = np.concatenate([sample["video_grid_thw"] for sample in samples])
     row = {
         "input_ids": together("input_ids")[None],
         "position_ids": together("position_ids", 1)[:, None],
         "plan": AttentionPlan.make(lengths, prefixes, device),
         "pixel_values_videos": pixels,
-        "video_grid_thw": together("video_grid_thw"),
-        **tower_inputs(np.concatenate([sample["video_grid_thw"] for sample in samples]), encoder, device),
+        "video_grid_thw": torch.from_numpy(grids).to(device, non_blocking=True),
+        **tower_inputs(grids, encoder, device),
         "logits_to_keep": kept,
         "use_cache": False,
     }

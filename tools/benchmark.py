@@ -51,6 +51,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import benchmark_gpu
 import numpy as np
 import torch
 import transformers
@@ -217,6 +218,11 @@ class Ways:
         self.ours = [self.encoder(records[i], str(folder)) for i in range(4)]
         usual = self.dataset(folder, folder / "model", records, args.video_resized_width)
         self.usual = [usual[i] for i in range(4)]
+        for sample, plain in zip(self.ours, self.usual):  # a pair's prompt stands in both of its conversations
+            conversations = plain if isinstance(plain, list) else [plain]
+            prompt, *answers = sample["lengths"].tolist()
+            lengths = [prompt + answer for answer in answers or [0]]
+            assert [item["input_ids"].shape[1] for item in conversations] == lengths, (lengths, plain)
 
     def load(self, way):
         if way == "usual":
@@ -829,8 +835,6 @@ def draw_growth(folder: Path):
 
 def main():
     if any(word.split("=")[0] == "--device" for word in sys.argv[1:]):
-        import benchmark_gpu
-
         benchmark_gpu.main()
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
