@@ -167,9 +167,6 @@ class TrainingArguments:
     )
     max_bad_ratio: float = arg(0.01, "Stop when more than this share of the videos so far (at least 1,000) was bad.")
     decode_timeout: float = arg(60.0, "Seconds after which a file that is still being decoded counts as bad.")
-    video_decoder: str = arg(
-        "decord", "decord, with PyAV for what decord cannot read exactly; or PyAV for all.", choices=["decord", "pyav"]
-    )
     video_cache: str | None = arg(
         None,
         "Folder that keeps decoded frames, or none (default: $MULTIVIDEO_CACHE, $HF_HOME/multivideo or "
@@ -271,6 +268,7 @@ REPLACED_FLAGS = {
     "logging_strategy": "drop it: metrics.jsonl has every step, --logging_steps is for trackers",
     "logging_dir": "drop it: everything goes to --output_dir",
     "overwrite_output_dir": "choose another --output_dir, or --resume_from_checkpoint auto",
+    "video_decoder": "drop it: every video is decoded exactly by one decoder, PyAV",
     "lr_scheduler_kwargs": "drop it: the schedules of --lr_scheduler_type take no options",
 }  # fmt: skip
 
@@ -1056,119 +1054,165 @@ class BadFile(ValueError):
 
 @dataclass
 class VideoInfo:
-    """What a decoder found in a video: frames, frames per second, native size as shown, and which decoder it was."""
+    """What is known of a video: its frames, frames per second, and native size as shown."""
 
     num_frames: int
     fps: float
     height: int
     width: int
-    decoder: str
-    not_decord: str | None = None  # why
 
 
-def read_video(path: str, pick, decoder: str = "decord") -> tuple[torch.Tensor, VideoInfo]:
+FFMPEG_OPTIONS = {"protocol_whitelist": "file"}  # no file leads to a network
+NO_VIDEO = {"tty", "hls", "concat", "dash", "sdp"}  # FFmpeg draws text as pictures, and follows lists to other files
+INDEXED_FORMATS = ("mov", "matroska")  # MP4 and WebM too: key frames are marked, and every frame has its time
+KEPT_BYTES = 64e6  # packets of a larger file are not kept from demuxing to decoding, but read twice
+
+
+def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
     """Decode the frames that `pick(num_frames, fps)` returns: uint8 [F, 3, height, width], channels last in memory.
 
-    decord at its fastest exact setting; PyAV, decoding in sequence, where decord is missing, refuses, errs or finds
-    wrong frames by seeking (see video_index).
+    Demuxing tells what frames there are. Of a container with an index, only what the picked ones need is then decoded;
+    they equal those of decoding the whole file in sequence.
 
     Raises:
-        BadFile: neither can read it.
+        BadFile: not a video, without frames, cut short, or damaged where frames were picked.
     """
+    import av
+
     try:
-        import decord
-    except ImportError:
-        decord = None
-    try:
-        num_frames, fps, not_decord = video_index(path)
-    except ValueError as error:
-        raise BadFile(path, f"cannot be decoded: {error}") from None
-    if decoder != "decord":
-        not_decord = "--video_decoder"
-    elif decord is None:
-        not_decord = "decord is not installed"
-    if not_decord is None:
-        try:
-            reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-4)
-            if len(reader) != num_frames:
-                raise RuntimeError(f"finds {len(reader)} frames, not {num_frames}")
-            rate = reader.get_avg_fps()
-            frames = reader.get_batch(pick(num_frames, rate)).asnumpy()  # [F, height, width, 3]
-            frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
-            return frames, VideoInfo(num_frames, rate, *frames.shape[-2:], "decord")
-        except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError) as error:
-            lines = str(error).strip().splitlines()
-            not_decord = f"decord: {lines[0] if lines else type(error).__name__}"
-    try:
-        frames = _decode_in_order(path, pick(num_frames, fps))
-    except ValueError as error:
+        with av.open(path, options=FFMPEG_OPTIONS) as container:
+            packets, kept, seekable, fps = _demux(container)
+            count, taken = sum(shown for _, _, shown in packets), {}
+            if not count or not fps:
+                raise ValueError(f"{count} frames at {fps} frames per second")
+            indices = pick(count, fps)
+            if seekable:
+                again = contextlib.nullcontext() if kept else av.open(path, options=FFMPEG_OPTIONS)
+                with again as source, contextlib.suppress(av.FFmpegError, ValueError):  # decoding all will tell
+                    taken = _decode_needed(container, packets, kept or _with_data(source), indices)
+        if len(taken) < len(set(indices)):
+            taken, found = _decode_all(path, indices)
+            if found != count and seekable:
+                raise ValueError(f"only {found} of its {count} frames can be decoded")
+            if found != count:  # without an index, what can be decoded is what there is
+                count, indices = found, pick(found, fps)
+                taken, _ = _decode_all(path, indices)
+    except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, BadFile):
             raise
-        raise BadFile(path, f"cannot be decoded: PyAV: {error}; {not_decord}") from None
-    return frames, VideoInfo(num_frames, fps, *frames.shape[-2:], "pyav", not_decord)
+        raise BadFile(path, f"cannot be decoded: {error}") from None
+    if len({frame.shape for frame in taken.values()}) > 1:
+        raise BadFile(path, "cannot be decoded: the size of its frames changes on the way")
+    frames = torch.from_numpy(np.stack([taken[i] for i in indices])).permute(0, 3, 1, 2)
+    return frames, VideoInfo(count, fps, *frames.shape[-2:])
 
 
-NO_VIDEO = {"tty", "hls", "concat", "dash", "sdp"}  # FFmpeg draws text as pictures, and follows lists to other files
+def _with_data(container):
+    return (packet for packet in container.demux(container.streams.video[0]) if packet.size)
 
 
-def video_index(path: str) -> tuple[int, float, str | None]:
-    """Demux a file, decoding nothing: `(frames, frames per second, why decord would find wrong frames, if so)`.
+def _demux(container):
+    """`([(time, is it a key frame, is it shown) of each packet], packets, can decoding start at key frames, fps)`.
 
-    decord is silently wrong on open groups of pictures (frames that follow a key frame in the file and are shown
-    before it: x265's default), on frames that an edit list hides, and in containers without an index (MPEG-PS).
+    The list of packets is empty where they are too large to keep.
 
     Raises:
-        ValueError: not a video, without frames, or cut short.
+        ValueError: no video stream, or cut short.
+    """
+    if not container.streams.video or container.format.name in NO_VIDEO:
+        raise ValueError("no video stream")
+    stream, format_name = container.streams.video[0], container.format.name.split(",")[0]
+    packets, kept, num_packets = [], [], 0
+    for packet in container.demux(stream):
+        num_packets += packet.dts is not None
+        if packet.size:
+            packets.append((packet.pts, packet.is_keyframe, not packet.is_discard))
+            if container.size <= KEPT_BYTES:
+                kept.append(packet)
+    if format_name == "mov" and num_packets < stream.frames:
+        raise ValueError(f"cut short: {num_packets} of its {stream.frames} frames are there")
+    times = {packet[0] for packet in packets}
+    seekable = format_name in INDEXED_FORMATS and None not in times and len(times) == len(packets)
+    return packets, kept, seekable, float(stream.average_rate or 0)
+
+
+def _decode_needed(container, packets, with_data, indices):
+    """{index: [height, width, 3]}, decoding from the last key frame at or before each, in file order and in time.
+
+    So a frame that is shown before the key frame it follows (an open group of pictures) starts from an earlier one.
+    H.264 says which frames no other refers to: those are decoded only if they are wanted themselves.
+
+    Raises:
+        ValueError: a frame is damaged, or a key frame is none.
     """
     import av
 
-    num_frames, num_packets, key_time, why = 0, 0, None, None
-    try:
-        with av.open(path, options={"protocol_whitelist": "file"}) as container:
-            if not container.streams.video or container.format.name in NO_VIDEO:
-                raise ValueError("no video stream")
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate or 0)
-            format_name = container.format.name.split(",")[0]
-            for packet in container.demux(stream):
-                num_packets += packet.dts is not None
-                if not packet.size:
-                    continue
-                num_frames += not packet.is_discard
-                if packet.is_keyframe:
-                    key_time = packet.pts
-                if None not in (packet.pts, key_time) and packet.pts < key_time:
-                    why = "open groups of pictures"
-                if packet.is_discard:
-                    why = "an edit list"
-            if format_name == "mov" and num_packets < stream.frames:
-                raise ValueError(f"cut short: {num_packets} of its {stream.frames} frames are there")
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"{error}") from None
-    if not num_frames or not fps:
-        raise ValueError(f"{num_frames} frames at {fps} frames per second")
-    return num_frames, fps, why or (None if format_name in ("mov", "matroska") else f"format {format_name}")
+    context = container.streams.video[0].codec_context
+    context.thread_count = 1
+    times = sorted(time for time, _, shown in packets if shown)
+    wanted = {times[i]: i for i in indices}
+    needed, keys = np.zeros(len(packets), bool), []
+    for p, (shown_at, is_key, _) in enumerate(packets):
+        if is_key:
+            keys.append(p)
+        if shown_at in wanted:
+            start = next((k for k in reversed(keys) if packets[k][0] <= shown_at), 0)
+            needed[start : p + 1] = True
+    taken, reformatter = {}, av.video.reformatter.VideoReformatter()
+    first = None  # time of the key frame that decoding started from, if not at the first packet
+    started = True  # has it come out
+
+    def take(frames):
+        nonlocal started
+        for frame in _sound(frames):
+            if not started and (frame.pts != first or frame.pict_type != av.video.frame.PictureType.I):
+                raise ValueError("a key frame that needs others before it (intra refresh)")
+            started = True
+            if (i := wanted.get(frame.pts)) is not None:
+                taken[i] = _rgb(frame, reformatter)
+
+    for p, packet in enumerate(with_data):
+        if not needed[p]:
+            continue
+        shown_at = packet.pts
+        if p and not needed[p - 1]:
+            take(context.decode(None))
+            context.flush_buffers()
+            started, first = False, shown_at
+        if first is not None and shown_at < first:
+            continue  # shown before that key frame, and refers to what was left out
+        if context.name == "h264":
+            context.skip_frame = "DEFAULT" if shown_at in wanted else "NONREF"
+        take(context.decode(packet))
+    take(context.decode(None))
+    return taken
 
 
-def _decode_in_order(path, indices):
+def _decode_all(path, indices):
+    """`({index: [height, width, 3]}, number of frames)` of a file."""
     import av
 
-    wanted, taken = set(indices), {}
-    try:
-        with av.open(path) as container:
-            for i, frame in enumerate(container.decode(video=0)):
-                if i in wanted:
-                    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # [height, width, 3]
-                    taken[i] = torch.rot90(pixels, round(frame.rotation / 90))
-                if len(taken) == len(wanted):
-                    break
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"{error}") from None
-    if len(taken) < len(wanted):
-        raise ValueError(f"only {len(taken)} of {len(wanted)} sampled frames can be decoded")
-    if len({frame.shape for frame in taken.values()}) > 1:
-        raise ValueError("the size of its frames changes on the way")
-    return torch.stack([taken[i] for i in indices]).permute(0, 3, 1, 2)
+    wanted, taken, count = set(indices), {}, 0
+    reformatter = av.video.reformatter.VideoReformatter()
+    with av.open(path, options=FFMPEG_OPTIONS) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for frame in _sound(container.decode(video=0)):
+            if count in wanted:
+                taken[count] = _rgb(frame, reformatter)
+            count += 1
+    return taken, count
+
+
+def _sound(frames):
+    for frame in frames:
+        if frame.is_corrupt:  # FFmpeg has painted over what it could not decode
+            raise ValueError(f"its frame at {frame.time or 0:.2f} s is damaged")
+        yield frame
+
+
+def _rgb(frame, reformatter):
+    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # [height, width, 3]
+    return np.rot90(pixels, round(frame.rotation / 90))
 
 
 MAX_INDICES = 50_000  # of a VideoCache in memory: some 30 MB
@@ -1214,17 +1258,17 @@ class VideoCache:
         name = hashlib.sha256(os.fsencode("\0".join(map(str, key)))).hexdigest()[:40]
         return os.path.join(self.folder, name[:2], name)
 
-    def info(self, identity: str, decoder: str) -> VideoInfo | None:
+    def info(self, identity: str) -> VideoInfo | None:
         """The index of a video, if it has been decoded before."""
-        if info := self.indices.get((identity, decoder)):
+        if info := self.indices.get(identity):
             return info
         try:
-            with open(self._place(identity, decoder) + ".json", "rb") as file:
+            with open(self._place(identity) + ".json", "rb") as file:
                 content, checksum = file.read().rsplit(b"\n", 1)
             if xxhash.xxh3_64_hexdigest(content).encode() == checksum:
                 if len(self.indices) >= MAX_INDICES:
                     self.indices.clear()
-                info = self.indices[identity, decoder] = VideoInfo(**json.loads(content))
+                info = self.indices[identity] = VideoInfo(**json.loads(content))
                 return info
         except (OSError, ValueError, TypeError):
             pass
@@ -1233,7 +1277,7 @@ class VideoCache:
     def frames(self, identity: str, info: VideoInfo, indices: list[int], height: int, width: int):
         """uint8 [F, 3, height, width] if they are kept and undamaged, else None."""
         try:
-            with open(self._place(identity, info.decoder, *indices, height, width) + ".safetensors", "rb") as file:
+            with open(self._place(identity, *indices, height, width) + ".safetensors", "rb") as file:
                 kept = safetensors.numpy.load(file.read())  # read, not mapped: a bad disk then raises instead of kills
             frames, checksum = kept["frames"], kept["xxh3_64"]
             if frames.shape == (len(indices), 3, height, width) and xxhash.xxh3_64_intdigest(frames) == checksum[0]:
@@ -1242,7 +1286,7 @@ class VideoCache:
             pass
         return None
 
-    def add(self, identity: str, decoder: str, info: VideoInfo, indices: list[int], frames: torch.Tensor):
+    def add(self, identity: str, info: VideoInfo, indices: list[int], frames: torch.Tensor):
         """Keep frames [F, 3, height, width] and the index of their video."""
         frames = frames.contiguous().numpy()
         self.room.value -= frames.nbytes + 500
@@ -1250,10 +1294,10 @@ class VideoCache:
             return
         checksum = np.array([xxhash.xxh3_64_intdigest(frames)], np.uint64)
         index = json.dumps(dataclasses.asdict(info)).encode()
-        place = self._place(identity, info.decoder, *indices, *frames.shape[-2:])
+        place = self._place(identity, *indices, *frames.shape[-2:])
         contents = {
             f"{place}.safetensors": safetensors.numpy.save({"frames": frames, "xxh3_64": checksum}),
-            f"{self._place(identity, decoder)}.json": index + b"\n" + xxhash.xxh3_64_hexdigest(index).encode(),
+            f"{self._place(identity)}.json": index + b"\n" + xxhash.xxh3_64_hexdigest(index).encode(),
         }
         for name, content in contents.items():
             aside = f"{name}.{os.urandom(8).hex()}.aside"
@@ -1302,10 +1346,10 @@ def load_clip(
     part: dict, folder: str, args, factor: int, limit=None, cache: VideoCache | None = None,
     watched=contextlib.nullcontext,
 ):  # fmt: skip
-    """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps, info)`.
+    """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps)`.
 
-    `limit` is (frames, height, width) from fit_video_tokens; None: as the arguments and the part ask. `info` is the
-    VideoInfo of a video that was decoded just now, else None. `watched(path)` is entered around each image's reading.
+    `limit` is (frames, height, width) from fit_video_tokens; None: as the arguments and the part ask. `watched(path)`
+    is entered around each image's reading.
 
     Raises:
         BadFile: names the file and what is wrong with it.
@@ -1328,16 +1372,16 @@ def load_clip(
 
         indices = sampled_fps = None
         identity = cache and cache.identity(path)
-        if cache and (info := cache.info(identity, args.video_decoder)):
+        if cache and (info := cache.info(identity)):
             pick(info.num_frames, info.fps)
             frames = cache.frames(identity, info, indices, *size(info))
             if frames is not None:
-                return frames, sampled_fps, None
-        frames, info = read_video(path, pick, args.video_decoder)  # [F, 3, h, w]
+                return frames, sampled_fps
+        frames, info = read_video(path, pick)  # [F, 3, h, w]
         frames = resize_frames(frames, *size(info))
         if cache and cache.room.value > 0 and cache.identity(path) == identity:  # not replaced meanwhile
-            cache.add(identity, args.video_decoder, info, indices, frames)
-        return frames, sampled_fps, info
+            cache.add(identity, info, indices, frames)
+        return frames, sampled_fps
     fps = part["fps"] or args.fps  # of a frame list: the rate at which its images were taken
     if at_most and at_most < len(paths):
         fps *= at_most / len(paths)
@@ -1348,7 +1392,7 @@ def load_clip(
             image = read_image(path)
             shape = shape or target_size(part, image.height, image.width, len(paths), args, factor)
             images.append(torch.from_numpy(np.array(image.resize(shape[::-1], Image.Resampling.BICUBIC))))
-    return torch.stack(images).permute(0, 3, 1, 2), fps, None
+    return torch.stack(images).permute(0, 3, 1, 2), fps
 
 
 def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | None = None) -> tuple[int, int, int]:
@@ -1357,9 +1401,9 @@ def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | N
     if part["type"] != "video":
         width, height = read_image(paths[0]).size
         return len(paths), *target_size(part, height, width, len(paths), args, factor)
-    info = cache and cache.info(cache.identity(paths[0]), args.video_decoder)
+    info = cache and cache.info(cache.identity(paths[0]))
     if not info:
-        info = read_video(paths[0], lambda num_frames, fps: [0], args.video_decoder)[1]
+        info = read_video(paths[0], lambda num_frames, fps: [0])[1]
     try:
         count = len(sample_frames(part, info.num_frames, info.fps, args)[0])
     except ValueError as error:
@@ -1433,7 +1477,7 @@ class Encoder:
     Calling it with a record gives a dict of numpy arrays (T tokens, N clips, P patches):
       `input_ids`, `labels` int64 [T] (-100: not supervised), `position_ids` int64 [4, T] (text row first),
       `patches` uint8 [P, 1176], `video_grid_thw` int64 [N, 3], `lengths` [1], and `id`, `num_tokens`, `num_videos`,
-      `num_images`, `shrunk`, `bad` [(file, reason)], `not_decord` [(file, reason)], and what else a record has.
+      `num_images`, `shrunk`, `bad` [(file, reason)], and what else a record has.
     An image rides as a video of one temporal patch: one tower call serves both. A record with a list `completions`
     (each the turns of one answer) is a prompt, ends where the assistant begins, and gets them by add_suffixes.
     """
@@ -1500,7 +1544,7 @@ class Encoder:
         return input_ids, labels
 
     def clips(self, parts: list[dict], folder: str, known_bad: dict[str, str]) -> list:
-        """Decode a sample's clips: for each part (patches, grid, seconds per temporal patch, VideoInfo) or a BadFile.
+        """Decode a sample's clips: for each part (patches, grid, seconds per temporal patch) or a BadFile.
 
         `known_bad` has the files that are not tried (again), and why. Second value: did the budget bite.
         """
@@ -1530,8 +1574,8 @@ class Encoder:
             limit = limits[i] if limits else None
             clip = limit if bad else attempt(load_clip, part, limit, watched=self.watched)
             if not isinstance(clip, BadFile):
-                frames, sampled_fps, info = clip
-                clip = *patchify(frames, self.patch_size, self.merge_size), FRAME_FACTOR / sampled_fps, info
+                frames, sampled_fps = clip
+                clip = *patchify(frames, self.patch_size, self.merge_size), FRAME_FACTOR / sampled_fps
             clips.append(clip)
         return clips, limits != shapes
 
@@ -1563,9 +1607,7 @@ class Encoder:
         except ValueError as error:
             raise InputError(f"record {record['id']}: {error}") from None
         bad = [(clip.path, clip.reason) for clip in clips if isinstance(clip, BadFile)]
-        sample = {"id": record["id"], "shrunk": shrunk, "bad": bad, "num_tokens": 0, "num_videos": 0, "num_images": 0,
-                  "not_decord": [(part["files"][0], clip[3].not_decord) for part, clip in zip(parts, clips)
-                                 if not isinstance(clip, BadFile) and clip[3] and clip[3].not_decord]}  # fmt: skip
+        sample = {"id": record["id"], "shrunk": shrunk, "bad": bad, "num_tokens": 0, "num_videos": 0, "num_images": 0}
         sample |= {key: value for key, value in record.items() if key not in ("id", "messages", "completions")}
         if bad:
             if self.args.on_bad_video == "error":
@@ -1575,7 +1617,7 @@ class Encoder:
             gone = {id(part) for part, clip in zip(parts, clips) if isinstance(clip, BadFile)}
             messages = [{**m, "content": [part for part in m["content"] if id(part) not in gone]} for m in messages]
             parts, clips = zip(*[(p, clip) for p, clip in zip(parts, clips) if not isinstance(clip, BadFile)])
-        patches, grids, seconds, _ = zip(*clips) if clips else ((), (), (), ())
+        patches, grids, seconds = zip(*clips) if clips else ((), (), ())
         (input_ids, labels), *suffixes = self.tokenize(messages, record.get("completions"))
         pads = [t * h * w // self.merge_size**2 for t, h, w in grids]
         placeholders = sum(token in self.vision_ids[2:] for token in input_ids)
@@ -2674,11 +2716,11 @@ class SampleStream:
             yield window, seen, [first, *itertools.islice(batches, count - 1)]
 
     def _tell(self, result):
-        """Pass a sample on, and say of which files it came without and which needed the second decoder."""
-        bad, record, not_decord = [], None, []
+        """Pass a sample on, and say of which files it came without."""
+        bad, record = [], None
         try:
             sample = result()
-            bad, record, not_decord = sample["bad"], sample["id"], sample["not_decord"]
+            bad, record = sample["bad"], sample["id"]
             return sample
         except BadVideo as error:
             bad, record = [(error.path, error.reason)], error.record
@@ -2695,10 +2737,6 @@ class SampleStream:
                     append_jsonl(self.bad_path, row | {"state": _file_state(file)})
                     if action != "error":
                         tqdm.write(f"bad file, {action}: record {record}: {file}: {reason}", sys.stderr)
-            for file, reason in not_decord:
-                if file not in self.told and reason != "--video_decoder":
-                    self.told.add(file)
-                    tqdm.write(f"decoded by PyAV: {file}: {reason}", sys.stderr)
 
     def close(self):
         """Stop the workers, whatever they are at."""

@@ -10,7 +10,6 @@ os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
 
 import itertools
 import random
-import sys
 import unicodedata
 from fractions import Fraction
 from pathlib import Path
@@ -152,7 +151,7 @@ def test_video_equals_reference(folder, processors, name):
         indices, _ = mv.sample_frames(part, len(reader), reader.get_avg_fps(), args)
         assert indices == metadata["frames_indices"], (flags, item)
         assert torch.equal(mv.read_video(path, lambda *_, taken=indices: taken)[0], raw)
-        frames, fps, _ = mv.load_clip(part, folder, args, 28)
+        frames, fps = mv.load_clip(part, folder, args, 28)
         assert frames.dtype == torch.uint8 and frames.shape == video.shape, (flags, item)
         assert fps == sampled_fps == VideoMetadata(**metadata).sampled_fps
         largest, mean, _ = difference(frames, video)
@@ -252,7 +251,7 @@ def test_short_clips(folder, tiny_model, processors, count):
     args = mv.TrainingArguments(nframes=16, **PIXELS)
     with pytest.raises(ValueError):
         reference._read_video_decord({"video": path, "nframes": 16})
-    frames, fps, _ = mv.load_clip(part_of(path), "", args, 28)
+    frames, fps = mv.load_clip(part_of(path), "", args, 28)
     expected = max(1, count // 2 * 2)
     assert len(frames) == expected and fps == expected / count * decord.VideoReader(path).get_avg_fps()
     patches, grid = mv.patchify(frames, 14, 2)
@@ -282,7 +281,7 @@ def test_real_clips(path):
         raw, metadata, _ = reference._read_video_decord(ele)
         assert torch.equal(mv.read_video(str(path), lambda *_, m=metadata: m["frames_indices"])[0], raw)
         video = reference.fetch_video(ele)
-        frames, _, _ = mv.load_clip(part_of(ele), "", mv.TrainingArguments(), 28)
+        frames, _ = mv.load_clip(part_of(ele), "", mv.TrainingArguments(), 28)
         largest, mean, share = difference(frames, video)
         assert mean <= 0.25 and share <= 1e-4 and largest <= 10, (largest, mean, share)
         passes = raw.float()
@@ -327,21 +326,6 @@ def every_third(total_frames, fps):
     return list(range(total_frames - 1, -1, -3))[::-1]
 
 
-@pytest.mark.parametrize("name", ["pal", "ntsc", "two-frames", "twenty-seconds"])
-def test_pyav_equals_decord(folder, name, monkeypatch):
-    path, asked = os.path.join(folder, f"{name}.mp4"), []
-
-    def pick(*found):
-        asked.append(found)
-        return every_third(*found)
-
-    by_decord = mv.read_video(path, pick)[0]
-    monkeypatch.setitem(sys.modules, "decord", None)  # as if it were not installed
-    assert torch.equal(mv.read_video(path, pick)[0], by_decord)
-    assert asked[0] == asked[1] and asked[0][0] == CLIPS[name][2]
-    assert torch.equal(by_decord.permute(0, 2, 3, 1), in_order(path)[every_third(*asked[0])])
-
-
 def remux(source, path, cut_seconds=0, **options):
     """Copy a clip without encoding; the frames of the first `cut_seconds` stay, hidden by an edit list."""
     with av.open(str(path), "w", options=options) as output, av.open(str(source)) as container:
@@ -360,46 +344,61 @@ def write_gif(path):
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
 
 
-X264_OPEN = {"b_frames": 3, "preset": "medium",
-             "x264_params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:b-adapt=0"}  # fmt: skip
-HARD_FILES = {  # name: (how it is made, frames that are shown)
-    "closed-b-frames.mp4": (lambda path: write_clip(path, 64, 48, 60, b_frames=3, preset="medium"), 60),
-    "open-gop.mp4": (lambda path: write_clip(path, 64, 48, 60, **X264_OPEN), 60),
-    "open-gop.mkv": (lambda path: write_clip(path, 64, 48, 60, **X264_OPEN), 60),
-    "x265-default.mp4": (lambda path: write_clip(path, 64, 48, 60, codec="libx265", x265_params="log-level=none"), 60),
-    "transport.ts": (lambda path: write_clip(path, 64, 48, 30), 30),
-    "program.mpg": (lambda path: write_clip(path, 64, 48, 30, codec="mpeg1video"), 30),
-    "mpeg4.avi": (lambda path: write_clip(path, 64, 48, 30, codec="mpeg4", b_frames=2), 30),
-    "vp9.webm": (lambda path: write_clip(path, 64, 48, 15, codec="libvpx-vp9", cpu_used="8", deadline="realtime"), 15),
-    "palette.gif": (write_gif, 12),
-    "decord-fails-at-48x32.mp4": (lambda path: write_clip(path, 48, 32, 60), 60),
+B_FRAMES = {"b_frames": 3, "preset": "medium"}
+OPEN = {**B_FRAMES, "x264_params": "open-gop=1:keyint=12:min-keyint=12:scenecut=0:b-adapt=0"}
+X265 = {"codec": "libx265", "num_frames": 60}
+ALT_REF = {"auto_alt_ref": "1", "lag_in_frames": "16", "deadline": "good", "cpu_used": "8"}
+HARD_FILES = {  # name: how it is made
+    "closed-b-frames.mp4": {"num_frames": 60, **B_FRAMES},
+    "open-gop.mp4": {"num_frames": 60, **OPEN},
+    "open-gop.mkv": {"num_frames": 60, **OPEN},
+    "interlaced.mp4": {"num_frames": 60, **B_FRAMES, "x264_params": "tff=1"},
+    "intra-refresh.mp4": {"num_frames": 60, "x264_params": "intra-refresh=1"},
+    "no-b-pyramid.mp4": {"num_frames": 60, "b_frames": 5, "x264_params": "b-pyramid=none"},
+    "x265-default.mp4": {**X265, "x265_params": "log-level=none"},
+    "x265-layers.mp4": {**X265, "x265_params": "log-level=none:temporal-layers=3"},
+    "av1.mp4": {"codec": "libsvtav1", "width": 64, "height": 64, "preset": "12", "svtav1_params": "keyint=12"},
+    "vp8.webm": {"codec": "libvpx", **ALT_REF},
+    "vp9.webm": {"codec": "libvpx-vp9", **ALT_REF},
+    "transport.ts": B_FRAMES,
+    "mpeg2.ts": {"codec": "mpeg2video", "b_frames": 2},
+    "mpeg1.mpg": {"codec": "mpeg1video"},
+    "mpeg4.avi": {"codec": "mpeg4", "b_frames": 2},
+    "mpeg4.mp4": {"codec": "mpeg4", "b_frames": 2},
+    "h264.avi": B_FRAMES,  # its times are made up
+    "palette.gif": {"num_frames": 12},
+    **{f"narrow-{width}.mp4": {"width": width, "height": 40} for width in (16, 24, 48)},
 }
 
 
 @pytest.mark.parametrize("name", HARD_FILES)
-def test_files_that_seeking_gets_wrong(tmp_path, name):
-    """Sparse frames of open GOPs, of streams without an index, of formats decord refuses: as sequential decoding."""
-    make, shown = HARD_FILES[name]
-    make(tmp_path / name)
-    every = in_order(tmp_path / name)
+@pytest.mark.parametrize("kept", [True, False])
+def test_frames_equal_decoding_in_sequence(tmp_path, monkeypatch, name, kept):
+    """Each frame alone, and some together: as decoding the whole file gives them, whether packets are kept or not."""
+    options = {"width": 64, "height": 48, "num_frames": 30, **HARD_FILES[name]}
+    write_gif(tmp_path / name) if name.endswith("gif") else write_clip(tmp_path / name, **options)
+    if not kept:
+        monkeypatch.setattr(mv, "KEPT_BYTES", 0)
+    every, shown = in_order(tmp_path / name), options["num_frames"]
     assert len(every) == shown
-    for pick in (
-        every_third,
-        lambda n, fps: torch.linspace(0, n - 1, 6).round().long().tolist(),
-        lambda n, fps: [n // 2],
-    ):
-        frames, _ = mv.read_video(str(tmp_path / name), pick)
-        assert torch.equal(frames.permute(0, 2, 3, 1), every[pick(shown, None)])
+    picks = [[i] for i in range(shown)] if kept else []
+    picks += [every_third(shown, None), [shown // 2, shown // 2], [1, shown - 1], [0, shown // 2 - 1, shown // 2]]
+    picks += [torch.linspace(0, shown - 1, 6).round().long().tolist(), [*range(shown)]]
+    for indices in picks:
+        frames, info = mv.read_video(str(tmp_path / name), lambda n, fps, indices=indices: indices)
+        assert info.num_frames == shown
+        assert torch.equal(frames.permute(0, 2, 3, 1), every[indices]), indices
 
 
 def test_edit_list(tmp_path):
-    """Frames that an edit list hides are neither counted nor taken (decord does both)."""
+    """Frames that an edit list hides are neither counted nor taken."""
     write_clip(tmp_path / "whole.mp4", 64, 48, 50, b_frames=3, preset="medium")
     remux(tmp_path / "whole.mp4", tmp_path / "cut.mp4", cut_seconds=Fraction(7, 25))
     every = in_order(tmp_path / "cut.mp4")
     assert len(every) == 43 and torch.equal(every, in_order(tmp_path / "whole.mp4")[7:])
-    frames, _ = mv.read_video(str(tmp_path / "cut.mp4"), every_third)
-    assert torch.equal(frames.permute(0, 2, 3, 1), every[every_third(43, 25)])
+    for indices in ([i] for i in range(43)):
+        frames, _ = mv.read_video(str(tmp_path / "cut.mp4"), lambda n, fps, indices=indices: indices)
+        assert torch.equal(frames.permute(0, 2, 3, 1), every[indices])
 
 
 def damage(path, source, kind):
@@ -683,7 +682,7 @@ def test_images_equal_reference(folder, name):
         ({"image_resized_width": 100, "image_resized_height": 64}, {"resized_width": 30, "resized_height": 80}),
     ]:  # fmt: skip
         args = mv.TrainingArguments(**flags)
-        frames, _, _ = mv.load_clip(part_of({"image": path, **item}, "image"), "", args, 28)
+        frames, _ = mv.load_clip(part_of({"image": path, **item}, "image"), "", args, 28)
         ele = {"image": path, "min_pixels": args.image_min_pixels, "max_pixels": args.image_max_pixels}
         if args.image_resized_width:
             ele |= {"resized_width": args.image_resized_width, "resized_height": args.image_resized_height}
@@ -706,7 +705,7 @@ def test_frame_lists_equal_reference(folder, processors, count, monkeypatch):
         ({"video_resized_width": 100, "video_resized_height": 64}, {}), (PIXELS, {"max_pixels": 1600}),
     ]:  # fmt: skip
         args = mv.TrainingArguments(**flags)
-        frames, fps, _ = mv.load_clip(part_of({"video": paths, **item}), "", args, 28)
+        frames, fps = mv.load_clip(part_of({"video": paths, **item}), "", args, 28)
         ele = {"video": paths, **reference_options(args, item), "sample_fps": item.get("fps", args.fps)}
         (theirs, metadata), sampled_fps = reference.fetch_video(
             ele, return_video_sample_fps=True, return_video_metadata=True

@@ -28,25 +28,25 @@ import multivideo as mv
 SIZES = {"nframes": 4, "video_resized_width": 56, "video_resized_height": 56}
 GOOD = [f"good-{i}.mp4" for i in range(12)]
 
-# A decord that misbehaves on files of certain names, put before the real one on the path of the workers.
-FAKE_DECORD = """
+# A PyAV that misbehaves on files of certain names, put before the real one on the path of the workers.
+FAKE_AV = """
 import ctypes, os, signal, sys, time
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path = [path for path in sys.path if os.path.abspath(path or ".") != here]
-del sys.modules["decord"]
-import decord
-class VideoReader(decord.VideoReader):
-    def __init__(self, path, **options):
-        with open(os.path.join(here, "opened"), "a") as file:
-            file.write(os.path.basename(path) + "\\n")
-        if "sleeps" in path: time.sleep(10**6)
-        if "kills" in path: os.kill(os.getpid(), signal.SIGKILL)
-        if "segfaults" in path: ctypes.string_at(0)
-        if "exits" in path: os._exit(3)
-        if "raises" in path: raise KeyError("of all things")
-        super().__init__(path, **options)
-decord.VideoReader = VideoReader
-sys.modules["decord"] = decord
+del sys.modules["av"]
+import av
+really_open = av.open
+def misbehave(path, **options):
+    with open(os.path.join(here, "opened"), "a") as file:
+        file.write(os.path.basename(path) + "\\n")
+    if "sleeps" in path: time.sleep(10**6)
+    if "kills" in path: os.kill(os.getpid(), signal.SIGKILL)
+    if "segfaults" in path: ctypes.string_at(0)
+    if "exits" in path: os._exit(3)
+    if "raises" in path: raise KeyError("of all things")
+    return really_open(path, **options)
+av.open = misbehave
+sys.modules["av"] = av
 """
 INJECTED = {  # file: what is told of it
     "sleeps.mp4": "took longer than 1.5 s to decode (--decode_timeout)",
@@ -70,10 +70,10 @@ def clips(tmp_path_factory):
 
 @pytest.fixture
 def injected(clips, tmp_path, monkeypatch):
-    """The misbehaving decord is the one that workers import; gives the file with the names that it opened."""
+    """The misbehaving PyAV is the one that workers import; gives the file with the names that it opened."""
     fake = tmp_path / "fake"
     fake.mkdir()
-    (fake / "decord.py").write_text(FAKE_DECORD)
+    (fake / "av.py").write_text(FAKE_AV)
     monkeypatch.syspath_prepend(fake)
     return fake / "opened"
 
@@ -139,16 +139,15 @@ def write_vfr(path):
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
-@pytest.mark.parametrize("decoder", ["decord", "pyav"])
-def test_rotation_is_honoured(tmp_path, degrees, decoder):
+def test_rotation_is_honoured(tmp_path, degrees):
     """Frames as they are shown: the stored ones, turned clockwise by as much as the header says."""
     path = tmp_path / "turned.mp4"
     write_clip(path, 64, 80, 20)
     stored = in_order(path)
     turn_header(path, degrees)
-    frames, info = mv.read_video(str(path), every_third, decoder)
+    frames, info = mv.read_video(str(path), every_third)
     expected = torch.rot90(stored, -degrees // 90, (1, 2))[every_third(20, 0)]
-    assert info.decoder == decoder and (info.height, info.width) == tuple(expected.shape[1:3])
+    assert (info.height, info.width) == tuple(expected.shape[1:3])
     assert torch.equal(frames.permute(0, 2, 3, 1), expected)
 
 
@@ -158,25 +157,6 @@ def test_uneven_times(tmp_path):
     frames, info = mv.read_video(str(tmp_path / "vfr.mp4"), every_third)
     assert info.num_frames == len(every) == 45 and info.fps == pytest.approx(45 / (15 * 0.193), rel=0.03)
     assert torch.equal(frames.permute(0, 2, 3, 1), every[every_third(45, 0)])
-
-
-def test_av1(tmp_path):
-    """decord cannot read AV1: PyAV does, and the reason is kept."""
-    write_clip(tmp_path / "av1.mp4", 64, 64, 30, codec="libsvtav1", preset="12", svtav1_params="keyint=12")
-    every = in_order(tmp_path / "av1.mp4")
-    frames, info = mv.read_video(str(tmp_path / "av1.mp4"), every_third)
-    assert len(every) == 30 and info.decoder == "pyav" and info.not_decord.startswith("decord: ")
-    assert torch.equal(frames.permute(0, 2, 3, 1), every[every_third(30, 0)])
-
-
-@pytest.mark.parametrize("width", [16, 24, 48, 72])
-def test_widths_that_decord_refuses(tmp_path, width):
-    """decord 0.6 opens these and then refuses get_batch; PyAV gives the frames, cold, cached and again cold."""
-    write_clip(tmp_path / "clip.mp4", width, 40, 25)
-    every = in_order(tmp_path / "clip.mp4")
-    frames, info = mv.read_video(str(tmp_path / "clip.mp4"), every_third)
-    assert info.decoder == "pyav" and info.num_frames == 25
-    assert torch.equal(frames.permute(0, 2, 3, 1), every[every_third(25, 0)])
 
 
 def patch_durations(path, factor):
@@ -229,8 +209,7 @@ def test_each_damage_has_its_outcome(clips, tiny_model, tmp_path, capsys):
     assert "null byte" in bad["nul\0byte.mp4"] and "too long" in bad["too long " + "y" * 5000]
     assert "symbolic links" in bad["loop.mp4"]
     assert set(told(tmp_path / "out")) == set(bad)
-    said = capsys.readouterr().err
-    assert said.count("decoded by PyAV: clip.avi: format avi") == 1 and "no moov" in said
+    assert "no moov" in capsys.readouterr().err
     with pytest.raises(ValueError, match="addresses are not read: download first"):
         record("r", ["https://example.com/a.mp4"])
 
@@ -239,7 +218,7 @@ def test_bit_flips(clips, tiny_model, tmp_path):
     """200 seeded mutations through workers and cache: no crash, no hang, every sample there, and hardly a repeat.
 
     The frames of the clip all differ. Where a mutation is decoded all the same, two sampled frames that are equal are
-    a repeat: the count below is what the decoders' own concealment of errors leaves (none of it was found by seeking).
+    a repeat: the count below is for damage that the decoder conceals and does not report.
     """
     rng, good = random.Random(4), (clips / GOOD[11]).read_bytes()
     for i in range(200):
@@ -263,16 +242,18 @@ def test_bit_flips(clips, tiny_model, tmp_path):
     assert all(sample["num_videos"] + len(sample["bad"]) == 8 for sample in samples)
     assert all(same(*pair) for pair in zip(samples, again) if "input_ids" in pair[0])
     kept = sum(sample["num_videos"] for sample in samples)
-    assert 60 <= kept <= 170 and len(told(tmp_path / "out")) == 200 - kept
+    reasons = [reason for reason, _ in told(tmp_path / "out").values()]
+    assert 50 <= kept <= 110 and len(reasons) == 200 - kept
+    assert sum("is damaged" in reason for reason in reasons) >= 30  # FFmpeg reports them and goes on
     cache, repeats = mv.VideoCache(args.video_cache), 0
     for i in range(200):
         identity = cache.identity(str(tmp_path / f"{i}.mp4"))
-        if info := cache.info(identity, "decord"):
+        if info := cache.info(identity):
             indices, _ = mv.sample_frames(mv._media_part("video", "x"), info.num_frames, info.fps, args)
             frames = cache.frames(identity, info, indices, 56, 56)
             repeats += any(torch.equal(a, b) for a, b in itertools.pairwise(frames))
     print(f"{kept} of 200 mutations decoded, {repeats} with a repeated frame")
-    assert repeats <= 10
+    assert repeats <= 2
 
 
 # ------------------------------------------------------------------------------------------ 2. decoders that misbehave

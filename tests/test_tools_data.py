@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
     picture = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
     for name, codec, options in (
         (
-            "open.mp4",
+            "open.ts",
             "libx265",
             {"preset": "ultrafast", "x265-params": "keyint=10:open-gop=1:bframes=3:log-level=none"},
         ),
@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
             if name == "turned.mp4":
                 stream.set_display_rotation(90)
             for i in range(45):
-                frame = picture if name == "open.mp4" else np.full_like(picture, 99)
+                frame = picture if name == "open.ts" else np.full_like(picture, 99)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(frame, i, 1).copy(), format="rgb24")))
             container.mux(stream.encode())
     for i in range(5):
@@ -99,7 +99,7 @@ def records():
                                  {"video": "good.mp4", "resized_width": 112, "resized_height": 28}]),
         record("stills", WIDE * 3, WIDE, video=[[f"{i}.png" for i in range(5)]], image=["exif.jpg", "1.png"]),
         record("text", "word " * 50, "A longer answer. " * 20),
-        record("odd files", video=["open.mp4", "turned.mp4"]),
+        record("odd files", video=["open.ts", "turned.mp4"]),
     ]  # fmt: skip
 
 
@@ -217,7 +217,7 @@ UNUSABLE = {
     "good.mp4": "'start' 100.0", "bad.png": "cannot be read as an image",
 }  # fmt: skip
 ODD = {
-    "second decoder": {"open.mp4"}, "rotation": {"turned.mp4"}, "one frame": {"1.mp4"}, "few frames": {"3.mp4"},
+    "decoded whole": {"open.ts"}, "rotation": {"turned.mp4"}, "one frame": {"1.mp4"}, "few frames": {"3.mp4"},
     "thinned": {"long.mp4"}, "long": {"long.mp4"}, "enlarged": {"long.mp4"}, "orientation": {"exif.jpg"},
     "mixed sizes": {"0.png"}, "one colour": {"turned.mp4"},
 }  # fmt: skip

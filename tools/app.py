@@ -240,7 +240,7 @@ class Page:
             start, times, said = start + t * h * w, [""], f"{w * p} × {h * p} pixels"
             if part["type"] == "video":  # what its decoder noted beside its frames
                 cache = self.encoder.cache
-                if info := cache.info(cache.identity(part["files"][0]), self.args.video_decoder):
+                if info := cache.info(cache.identity(part["files"][0])):
                     taken, _ = mv.sample_frames(part, info.num_frames, info.fps, self.args, len(frames))
                     times = [f"{i / info.fps:.2f} s" for i in taken]
                     said = (f"{len(taken)} of {info.num_frames} frames, {said}, {info.num_frames / info.fps:.1f} s at "

@@ -153,7 +153,7 @@ class RandomPixels(mv.Encoder):
         shape = (self.args.nframes, 3, size, size)
         frames = [torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8)) for _ in parts]
         clips = [mv.patchify(clip, self.patch_size, self.merge_size) for clip in frames]
-        return [(patches, grid, SECONDS_PER_GRID, None) for patches, grid in clips], False
+        return [(*clip, SECONDS_PER_GRID) for clip in clips], False
 
 
 def make_record(objective: str, videos: int, i: int) -> dict:

@@ -47,7 +47,7 @@ import multivideo as mv
 LONG_SECONDS = 600  # a longer video is worth a remark
 MAX_LISTED = 10_000  # findings of one kind that the JSON lists; counts are always of all
 NOTES = {  # code → what it means
-    "second decoder": "decoded in sequence by PyAV, which is slower: decord would find wrong frames, or none",
+    "decoded whole": "no index of its frames, so all are decoded (ffmpeg -i FILE -c copy FILE.mp4 makes one)",
     "rotation": "turned by its metadata, which is honoured",
     "one frame": "a single frame, which fills both frames of its patch",
     "few frames": "fewer frames than the sampling asks for: all are taken",
@@ -175,15 +175,6 @@ def read_record(item) -> dict:
     }  # fmt: skip
 
 
-def container(path: str, args) -> mv.VideoInfo:
-    """What training will find in a video (frames, rate, size, decoder), from its container and first frame.
-
-    Raises:
-        BadFile: not a video, without frames or frame rate, or cut short.
-    """
-    return mv.read_video(path, lambda num_frames, fps: [0], args.video_decoder)[1]
-
-
 def read_clip(item) -> dict:
     """One distinct clip `(number, files and options)`: the shape it is trained at, what is wrong, what is odd."""
     part = {**dict.fromkeys(mv.PART), **json.loads(item[1])}
@@ -193,7 +184,7 @@ def read_clip(item) -> dict:
     try:
         if part["type"] == "video":
             path = mv.resolve_path(part["files"][0], folder)
-            info = container(path, args)
+            info = mv.read_video(path, lambda num_frames, fps: [0])[1]  # one frame gives the size as shown
             try:
                 indices, rate = mv.sample_frames(part, info.num_frames, info.fps, args)
             except ValueError as error:
@@ -203,10 +194,11 @@ def read_clip(item) -> dict:
             wanted = part["nframes"] or (None if part["fps"] else args.nframes)
             with av.open(path) as opened:
                 stored = opened.streams.video[0].width, opened.streams.video[0].height
+                format_name = opened.format.name.split(",")[0]
+            if format_name not in mv.INDEXED_FORMATS:
+                notes["decoded whole"] = f"format {format_name}"
             if stored == (height, width) and height != width:
                 notes["rotation"] = f"{width}×{height} as shown"
-            if info.not_decord and args.video_decoder == "decord":
-                notes["second decoder"] = info.not_decord
             if info.num_frames == 1:
                 notes["one frame"] = ""
             elif count < (round(wanted / 2) * 2 if wanted else args.min_frames):
