@@ -255,16 +255,22 @@ def fake_varlen(
     return torch.cat(outputs)
 
 
-def test_varlen_arguments(tiny_model, records, clips, monkeypatch):
-    """The CUDA path's arguments, through a stand-in with torch's own signature, give the CPU path's numbers."""
+def fake_varlen_of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """The same before it had enable_gqa."""
+    return fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("stand_in", [fake_varlen, fake_varlen_of_2_11])
+def test_varlen_arguments(tiny_model, records, clips, monkeypatch, stand_in):
+    """The CUDA path's arguments, through stand-ins with torch's own signatures, give the CPU path's numbers."""
     from torch.nn.attention import varlen
 
-    torch_names = list(inspect.signature(varlen.varlen_attn).parameters)
-    assert set(inspect.signature(fake_varlen).parameters) <= set(torch_names)
+    torch_names = set(inspect.signature(varlen.varlen_attn).parameters)
+    assert set(inspect.signature(stand_in).parameters) <= torch_names | {"enable_gqa"}
     encoder, samples = packed_row(tiny_model, records, clips)
     model = mv.load_model(arguments(tiny_model), "cpu").eval()
     expected = sample_losses(model, samples, encoder)
-    monkeypatch.setattr(varlen, "varlen_attn", fake_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     mv.use_packed_attention(model, "varlen")
     assert sample_losses(model, samples, encoder) == pytest.approx(expected, rel=1e-5)
     lengths, prefixes = [9, 4, 6, 3], [None, 0, 0, None]
