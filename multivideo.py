@@ -1107,8 +1107,17 @@ def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
     return frames, VideoInfo(count, fps, *frames.shape[-2:])
 
 
+def _stream(container):
+    """The video stream that players show: not a cover picture beside it."""
+    stream = container.streams.best("video")
+    if stream is None or container.format.name in NO_VIDEO:
+        raise ValueError("no video stream")
+    stream.codec_context.thread_count = 1  # the workers are many
+    return stream
+
+
 def _with_data(container):
-    return (packet for packet in container.demux(container.streams.video[0]) if packet.size)
+    return (packet for packet in container.demux(_stream(container)) if packet.size)
 
 
 def _demux(container):
@@ -1119,9 +1128,7 @@ def _demux(container):
     Raises:
         ValueError: no video stream, or cut short.
     """
-    if not container.streams.video or container.format.name in NO_VIDEO:
-        raise ValueError("no video stream")
-    stream, format_name = container.streams.video[0], container.format.name.split(",")[0]
+    stream, format_name = _stream(container), container.format.name.split(",")[0]
     packets, kept, num_packets = [], [], 0
     for packet in container.demux(stream):
         num_packets += packet.dts is not None
@@ -1147,8 +1154,7 @@ def _decode_needed(container, packets, with_data, indices):
     """
     import av
 
-    context = container.streams.video[0].codec_context
-    context.thread_count = 1
+    context = _stream(container).codec_context
     times = sorted(time for time, _, shown in packets if shown)
     wanted = {times[i]: i for i in indices}
     needed, keys = np.zeros(len(packets), bool), []
@@ -1195,8 +1201,7 @@ def _decode_all(path, indices):
     wanted, taken, count = set(indices), {}, 0
     reformatter = av.video.reformatter.VideoReformatter()
     with av.open(path, options=FFMPEG_OPTIONS) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        for frame in _sound(container.decode(video=0)):
+        for frame in _sound(container.decode(_stream(container))):
             if count in wanted:
                 taken[count] = _rgb(frame, reformatter)
             count += 1

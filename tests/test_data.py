@@ -390,6 +390,23 @@ def test_frames_equal_decoding_in_sequence(tmp_path, monkeypatch, name, kept):
         assert torch.equal(frames.permute(0, 2, 3, 1), every[indices]), indices
 
 
+def test_cover_pictures_are_no_videos(tmp_path):
+    """A stream of one picture before the video, as of a cover."""
+    write_clip(tmp_path / "clip.mp4", 64, 48, 20)
+    with av.open(str(tmp_path / "both.mkv"), "w") as output, av.open(str(tmp_path / "clip.mp4")) as container:
+        cover = output.add_stream("libx264", rate=25)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuv420p"
+        copy = output.add_stream_from_template(container.streams.video[0])
+        output.mux(cover.encode(av.VideoFrame(32, 32, "yuv420p")) + cover.encode())
+        for packet in container.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = copy
+                output.mux(packet)
+    frames, info = mv.read_video(str(tmp_path / "both.mkv"), every_third)
+    assert info.num_frames == 20 and (info.height, info.width) == (48, 64)
+    assert torch.equal(frames.permute(0, 2, 3, 1), in_order(tmp_path / "clip.mp4")[every_third(20, 25)])
+
+
 def test_edit_list(tmp_path):
     """Frames that an edit list hides are neither counted nor taken."""
     write_clip(tmp_path / "whole.mp4", 64, 48, 50, b_frames=3, preset="medium")

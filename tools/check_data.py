@@ -193,7 +193,8 @@ def read_clip(item) -> dict:
             seconds, asked = info.num_frames / info.fps, part["fps"] or args.fps
             wanted = part["nframes"] or (None if part["fps"] else args.nframes)
             with av.open(path) as opened:
-                stored = opened.streams.video[0].width, opened.streams.video[0].height
+                stream = opened.streams.best("video")
+                stored = stream.width, stream.height
                 format_name = opened.format.name.split(",")[0]
             if format_name not in mv.INDEXED_FORMATS:
                 notes["decoded whole"] = f"format {format_name}"
