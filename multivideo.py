@@ -1092,7 +1092,7 @@ def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
                     taken = _decode_needed(container, packets, kept or _with_data(source), indices)
         if len(taken) < len(set(indices)):
             taken, found = _decode_all(path, indices)
-            if found != count and seekable:
+            if found != count and (seekable or not found):
                 raise ValueError(f"only {found} of its {count} frames can be decoded")
             if found != count:  # without an index, what can be decoded is what there is
                 count, indices = found, pick(found, fps)

@@ -390,6 +390,18 @@ def test_frames_equal_decoding_in_sequence(tmp_path, monkeypatch, name, kept):
         assert torch.equal(frames.permute(0, 2, 3, 1), every[indices]), indices
 
 
+@pytest.mark.parametrize("name", ["transport.ts", "mpeg2.ts"])
+def test_recordings_that_begin_in_the_middle(tmp_path, name):
+    """A stream without an index has the frames that can be decoded: those from its first key frame on."""
+    write_clip(tmp_path / name, **{"width": 64, "height": 48, "num_frames": 60, **HARD_FILES[name]})
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[18 * 188 :])
+    every, picks = in_order(tmp_path / name), []
+    frames, info = mv.read_video(str(tmp_path / name), lambda n, fps: picks.append(n) or every_third(n, fps))
+    assert 30 < info.num_frames == len(every) == picks[-1] < picks[0]
+    assert torch.equal(frames.permute(0, 2, 3, 1), every[every_third(len(every), 25)])
+
+
 def test_cover_pictures_are_no_videos(tmp_path):
     """A stream of one picture before the video, as of a cover."""
     write_clip(tmp_path / "clip.mp4", 64, 48, 20)
