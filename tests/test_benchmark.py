@@ -189,3 +189,24 @@ def test_cells_that_are_not_measured(bench, monkeypatch):
     bench.options.minutes = 0
     bench.run(late := dict(bench.cells[0]))
     assert late["status"] == "not reached"
+
+
+HANGS = """
+import signal, sys, time
+import benchmark_gpu
+def hang(bench):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    time.sleep(600)
+benchmark_gpu.Bench.check = hang
+benchmark_gpu.main()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_what_hangs_is_ended(tmp_path):
+    """What no signal ends: the results so far are written, and the process ends within its time."""
+    flags = ["--device", "cpu", "--model", "tiny", "--random_weights", "--minutes", "-1.2", "--output_dir", tmp_path]
+    ended = subprocess.run([sys.executable, "-c", HANGS, *map(str, flags)], cwd=ROOT / "tools", timeout=50)
+    assert ended.returncode == 1
+    assert "- ended by force" in (tmp_path / "gpu-on-cpu.md").read_text()
+    assert json.loads((tmp_path / "gpu-on-cpu.json").read_text())["tiny"]["skipped"][-1].startswith("ended by force")
