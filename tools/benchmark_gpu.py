@@ -1,6 +1,6 @@
 """Training steps on one GPU, ours against the usual way: seconds, samples/s, FLOP utilisation, peak memory.
 
-    python tools/benchmark.py --device cuda --model 3b --random_weights    # or 7b; ends within eight minutes, no network
+    python tools/benchmark.py --device cuda --model 3b --random_weights    # or 7b; eight minutes, no network
     python tools/benchmark.py --device cpu --model tiny --random_weights   # the same code on tiny shapes
 
 Qwen2.5-VL-3B or -7B with random weights is built on the GPU; its samples of 30 videos × 4 frames are random pixels
