@@ -174,6 +174,8 @@ def test_adapter(case, tiny_model, tied_model, tiny_qwen2_vl, records, data, pro
     flags, targets, whole = CASES[case]
     model_path = {"tied": tied_model, "qwen2_vl": tiny_qwen2_vl}.get(case, tiny_model)
     args, two = arguments(model_path, **flags), records[:2]
+    # --bits 8 rounds activations to 8 bits, too: a difference in the last bit may move one of them by a whole step
+    close = 1e-5 if args.bits != 8 else 1e-3
     reference = partial(logits, args=args, records=records, data=data, processor=processor)
     torch.manual_seed(0)
     model = mv.load_model(args, "cpu")
@@ -194,7 +196,7 @@ def test_adapter(case, tiny_model, tied_model, tiny_qwen2_vl, records, data, pro
     # a fresh adapter changes nothing
     base_loss, base_logits = of_base(model_path, args.bits)
     with torch.no_grad():
-        assert packed_loss(model, args, two, data).item() == pytest.approx(base_loss, rel=1e-5)
+        assert packed_loss(model, args, two, data).item() == pytest.approx(base_loss, rel=close)
     frozen = frozen_weights(model)
     losses = train(model, args, two, data)
     assert losses[-1] < losses[0] - 0.3
@@ -215,13 +217,13 @@ def test_adapter(case, tiny_model, tied_model, tiny_qwen2_vl, records, data, pro
     assert loaded.peft_config["default"].base_model_name_or_path == model_path
     after = plain_loss(loaded.eval(), args, two, data, processor)
     with torch.no_grad():
-        assert packed_loss(model.eval(), args, two, data).item() == pytest.approx(after, rel=1e-5)
+        assert packed_loss(model.eval(), args, two, data).item() == pytest.approx(after, rel=close)
     model.set_attn_implementation("sdpa")
     expected = reference(model)
-    torch.testing.assert_close(reference(loaded), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reference(loaded), expected, rtol=0, atol=close)
     if args.lora_bias == "none":  # the model without its adapter: what DPO and GRPO take as the reference
         with model.disable_adapter():
-            torch.testing.assert_close(reference(model), base_logits, rtol=0, atol=1e-5)
+            torch.testing.assert_close(reference(model), base_logits, rtol=0, atol=close)
     # merged: a plain checkpoint; a QLoRA adapter goes into the 16-bit base
     unmerged = expected
     if args.bits < 16:
