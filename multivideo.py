@@ -1107,6 +1107,15 @@ def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
     return frames, VideoInfo(count, fps, *frames.shape[-2:])
 
 
+def video_info(path: str) -> VideoInfo:
+    """What training will find in a video; its first frame is decoded, for the size as shown.
+
+    Raises:
+        BadFile: as read_video.
+    """
+    return read_video(path, lambda num_frames, fps: [0])[1]
+
+
 def _stream(container):
     """The video stream that players show: not a cover picture beside it."""
     stream = container.streams.best("video")
@@ -1279,7 +1288,7 @@ class VideoCache:
             pass
         return None
 
-    def frames(self, identity: str, info: VideoInfo, indices: list[int], height: int, width: int):
+    def frames(self, identity: str, indices: list[int], height: int, width: int):
         """uint8 [F, 3, height, width] if they are kept and undamaged, else None."""
         try:
             with open(self._place(identity, *indices, height, width) + ".safetensors", "rb") as file:
@@ -1379,7 +1388,7 @@ def load_clip(
         identity = cache and cache.identity(path)
         if cache and (info := cache.info(identity)):
             pick(info.num_frames, info.fps)
-            frames = cache.frames(identity, info, indices, *size(info))
+            frames = cache.frames(identity, indices, *size(info))
             if frames is not None:
                 return frames, sampled_fps
         frames, info = read_video(path, pick)  # [F, 3, h, w]
@@ -1408,7 +1417,7 @@ def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | N
         return len(paths), *target_size(part, height, width, len(paths), args, factor)
     info = cache and cache.info(cache.identity(paths[0]))
     if not info:
-        info = read_video(paths[0], lambda num_frames, fps: [0])[1]
+        info = video_info(paths[0])
     try:
         count = len(sample_frames(part, info.num_frames, info.fps, args)[0])
     except ValueError as error:

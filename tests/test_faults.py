@@ -250,7 +250,7 @@ def test_bit_flips(clips, tiny_model, tmp_path):
         identity = cache.identity(str(tmp_path / f"{i}.mp4"))
         if info := cache.info(identity):
             indices, _ = mv.sample_frames(mv._media_part("video", "x"), info.num_frames, info.fps, args)
-            frames = cache.frames(identity, info, indices, 56, 56)
+            frames = cache.frames(identity, indices, 56, 56)
             repeats += any(torch.equal(a, b) for a, b in itertools.pairwise(frames))
     print(f"{kept} of 200 mutations decoded, {repeats} with a repeated frame")
     assert repeats <= 2

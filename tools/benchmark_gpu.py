@@ -72,7 +72,7 @@ PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  #
 OPTIONAL = {  # what is done without each
     "bitsandbytes": "no 8-bit Adam: all weights are trained with Adam in 32 bits, or in pure bf16",
     "flash_attn": "flash-attn is not beside the usual way",
-    "decord": "no file is decoded here", "av": "no file is decoded here", "pebble": "no file is decoded here",
+    "av": "no file is decoded here", "pebble": "no file is decoded here",
     "deepspeed": "one process",
 }  # fmt: skip
 QUESTION = "Which of these clips shows the fastest movement, and what are the colours of the others?"

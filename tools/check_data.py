@@ -184,7 +184,7 @@ def read_clip(item) -> dict:
     try:
         if part["type"] == "video":
             path = mv.resolve_path(part["files"][0], folder)
-            info = mv.read_video(path, lambda num_frames, fps: [0])[1]  # one frame gives the size as shown
+            info = mv.video_info(path)
             try:
                 indices, rate = mv.sample_frames(part, info.num_frames, info.fps, args)
             except ValueError as error:

@@ -95,7 +95,7 @@ def read_clips(row: dict, sample: dict, encoder, folder: str, args) -> list[dict
         clip = {"part": part, "frames": frames, "tokens": count, "name": part["files"][0], "times": [None] * 2 * t,
                 "positions": sample["position_ids"][1, first].tolist(), "source": "image"}  # fmt: skip
         if part["type"] == "video":
-            info = mv.read_video(mv.resolve_path(part["files"][0], folder), lambda num_frames, fps: [0])[1]
+            info = mv.video_info(mv.resolve_path(part["files"][0], folder))
             total, fps = info.num_frames, info.fps
             indices, _ = mv.sample_frames(part, total, fps, args, 2 * t)
             assert -(-len(indices) // 2) == t, f"{part['files'][0]}: {len(indices)} frames by its container, {t} pairs"
