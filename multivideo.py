@@ -76,8 +76,7 @@ IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS = 4, 16384  # bounds of smart_resize when not
 VIDEO_MAX_TOKENS_PER_FRAME = 768
 VIDEO_TOTAL_TOKENS = 128000 * 0.9  # one video never exceeds this many pixels / 28²
 
-# What differs between model families, in one place: model_type → do temporal positions follow a video's frame rate?
-FAMILIES = {"qwen2_vl": False, "qwen2_5_vl": True}
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
 
 # ------------------------------------------------------------------------------------------------------ 1. arguments
@@ -1658,7 +1657,8 @@ class Encoder:
         ids, grids = np.array(ids), np.array(grids, np.int64).reshape(-1, 3)
         sample |= {
             "input_ids": ids, "labels": np.array(targets), "video_grid_thw": grids,
-            "position_ids": self.positions(ids, grids, seconds), "lengths": np.array([len(ids)]),
+            "position_ids": qwen_positions(ids, {self.config.video_token_id: zip(grids, seconds)}, self.config),
+            "lengths": np.array([len(ids)]),
             "patches": torch.cat(patches).numpy() if patches else np.zeros((0, self.patch_dim), np.uint8),
         }  # fmt: skip
         return add_suffixes(sample, suffixes)
@@ -1668,27 +1668,51 @@ class Encoder:
         """Values of one patch: channels × frames × height × width."""
         return 3 * FRAME_FACTOR * self.patch_size**2
 
-    def positions(self, input_ids: np.ndarray, grids: np.ndarray, seconds: list[float]) -> np.ndarray:
-        """Text row and the temporal, height and width rows of one sample: int64 [T], int64 [N, 3] → int64 [4, T].
 
-        Source: get_rope_index of transformers 5.24, in a tenth of its time; that of 5.17 rounds seconds down first.
-        """
-        is_vision = input_ids == self.config.video_token_id
-        starts = np.flatnonzero(is_vision & ~np.append(False, is_vision[:-1]))  # clips have tokens between them
-        steps, rows = np.ones(len(input_ids), np.int64), np.empty((4, len(input_ids)), np.int64)
-        sides = grids[:, 1:] // self.merge_size
-        ends = starts + grids[:, 0] * sides.prod(1)
-        inside = ends < len(steps)  # all but a clip that ends the sample
-        steps[ends[inside]] += (sides.max(1) - (ends - starts))[inside]
-        rows[0], rows[1:] = np.arange(len(input_ids)), steps.cumsum() - 1
-        for start, end, t, (h, w), second in zip(starts, ends, grids[:, 0], sides, seconds):
-            # float32 as the processor hands seconds over: temporal positions are floored.
-            interval = self.config.vision_config.tokens_per_second * second if FAMILIES[self.config.model_type] else 1
-            times = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
-            clip = np.indices((t, h, w))
-            clip[0] = times[:, None, None]
-            rows[1:, start:end] = clip.reshape(3, -1) + rows[1, start]
-        return rows
+POSITION_RULE = "one past the largest of a clip's t, h and w positions"  # where text goes on after it
+
+
+def qwen_positions(input_ids, clips: dict, config) -> np.ndarray:
+    """Text, temporal, height and width positions of one sequence, as Qwen2-VL and Qwen2.5-VL were trained: int64 [4, T].
+
+    `clips`: for each placeholder token an iterator over `(grid, seconds)` of its clips in order: (t, h, w) in patches,
+    and the seconds of one temporal patch. What follows a clip goes on one past the largest of its positions.
+    Source: get_rope_index of transformers 4.49 to 4.51; later ones round seconds, or go on at start + max(h, w).
+    """
+    input_ids = np.asarray(input_ids)
+    vision, merge = config.vision_config, config.vision_config.spatial_merge_size
+    positions = np.empty((4, len(input_ids)), np.int64)
+    positions[0] = np.arange(len(input_ids))
+    placeholders = np.flatnonzero(np.isin(input_ids, list(clips)))
+    done = following = visited = 0  # tokens that have positions, the next position, placeholders that have positions
+    while visited < len(placeholders):
+        start = placeholders[visited]
+        (t, h, w), seconds = next(clips[int(input_ids[start])])
+        positions[1:, done:start] = following + np.arange(start - done)
+        following += start - done
+        clip = np.indices((t, h // merge, w // merge)).reshape(3, -1)
+        if config.model_type == "qwen2_5_vl":  # by time, in float32 as the processor hands seconds over
+            clip[0] = clip[0].astype(np.float32) * np.float32(vision.tokens_per_second * seconds)  # floored
+        done = start + clip.shape[1]
+        positions[1:, start:done] = following + clip
+        following += clip.max() + 1
+        visited += clip.shape[1]
+    positions[1:, done:] = following + np.arange(len(input_ids) - done)
+    return positions
+
+
+def qwen_position_ids(inputs, config) -> torch.Tensor:
+    """`position_ids` [4, B, T] for a plain transformers model, from what its processor gives (padded or not)."""
+    input_ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    images = [(grid.tolist(), 1.0) for grid in inputs.get("image_grid_thw", [])]
+    videos = [grid.tolist() for grid in inputs.get("video_grid_thw", [])]
+    seconds = [float(value) for value in inputs.get("second_per_grid_ts", [1.0] * len(videos))]
+    clips = {config.image_token_id: iter(images), config.video_token_id: iter(zip(videos, seconds))}
+    position_ids = torch.zeros(4, *input_ids.shape, dtype=torch.long, device=input_ids.device)
+    for b in range(len(input_ids)):
+        positions = qwen_positions(input_ids[b][real[b]].cpu(), clips, config)
+        position_ids[:, b, real[b]] = torch.from_numpy(positions).to(input_ids.device)
+    return position_ids
 
 
 def add_suffixes(sample: dict, suffixes: list[tuple]) -> dict:

@@ -9,6 +9,9 @@ import numpy as np
 import qwen_vl_utils
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig
+
+from multivideo import qwen_position_ids
 
 
 def write_clip(path, width, height, num_frames, rate=8, seed=0):
@@ -45,7 +48,7 @@ def qwen_messages(record, folder, args):
 
 
 def hf_inputs(record, folder, args, processor):
-    """The HF processor's tensors for one conversation, given true video metadata, and its labels."""
+    """The HF processor's tensors for one conversation, given true video metadata, Qwen's positions, and its labels."""
     messages = qwen_messages(record, folder, args)
     text = processor.apply_chat_template(messages, tokenize=False)
     images, videos, _ = qwen_vl_utils.process_vision_info(
@@ -57,6 +60,7 @@ def hf_inputs(record, folder, args, processor):
     inputs = processor(
         text=[text], images=images, **kwargs, do_resize=False, do_sample_frames=False, return_tensors="pt"
     )
+    inputs["position_ids"] = qwen_position_ids(inputs, AutoConfig.from_pretrained(args.model_id))
     return inputs, assistant_labels(inputs["input_ids"][0].tolist(), processor.tokenizer)
 
 
@@ -79,6 +83,5 @@ def assistant_labels(ids, tokenizer):
 
 def hf_loss(model, inputs, labels):
     """Summed negative log-likelihood of one sample through the plain model."""
-    model.model.rope_deltas = None
     logits = model(**inputs, use_cache=False).logits[0]
     return F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")

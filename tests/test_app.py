@@ -126,6 +126,7 @@ def plain_answer(page, messages, tokens=8):
                        return_tensors="pt")  # fmt: skip
     silent = [*page.encoder.vision_ids, *range(len(processor.tokenizer), model.config.get_text_config().vocab_size)]
     count = inputs["input_ids"].shape[1]
+    inputs["position_ids"] = mv.qwen_position_ids(inputs, model.config)
     ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, suppress_tokens=silent)
     return processor.decode(ids[0, count:], skip_special_tokens=True).strip(), count
 

@@ -103,8 +103,10 @@ def hf_batch(records, folder, args, processor, padding_side=None):
     kwargs = {}
     if videos:
         kwargs = {"videos": [video for video, _ in videos], "video_metadata": [about for _, about in videos]}
-    return processor(text=texts, images=images or None, **kwargs, do_resize=False, do_sample_frames=False,
-                     padding=True, padding_side=padding_side or "right", return_tensors="pt")  # fmt: skip
+    inputs = processor(text=texts, images=images or None, **kwargs, do_resize=False, do_sample_frames=False,
+                       padding=True, padding_side=padding_side or "right", return_tensors="pt")  # fmt: skip
+    inputs["position_ids"] = mv.qwen_position_ids(inputs, AutoConfig.from_pretrained(args.model_id))
+    return inputs
 
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -126,7 +128,6 @@ def test_packed_equals_plain(family, head, tiny_model, tiny_qwen2_vl, folder, tm
     base = AutoModel.from_pretrained(path)
     weights = [weight.detach().clone().requires_grad_() for weight in model.score.parameters()]
     for record, ours, target in zip(records, logits.detach(), targets):
-        base.rope_deltas = None
         last = base(**hf_batch([record], str(folder), args, processor), use_cache=False).last_hidden_state[0, -1]
         if head:
             last, weight = F.gelu(F.linear(last, weights[0], weights[1])), weights[2]
@@ -252,7 +253,6 @@ def test_head_from_label_words(kind, folder, tmp_path):
         whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
         ids = [tokenizer.encode(config.id2label[i])[0] for i in range(3)]
         for record, ours in zip([records[0], records[4]], logits):
-            whole.model.rope_deltas = None
             inputs = hf_batch([record], str(tmp_path), args, encoder.processor)
             torch.testing.assert_close(ours, whole(**inputs).logits[0, -1, ids], rtol=0, atol=1e-5)
         # several tokens: their mean

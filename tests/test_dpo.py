@@ -488,7 +488,6 @@ def test_evaluation_equals_plain_models(request, mixed, clips, tiny_model, kind)
             trained = AutoModelForImageTextToText.from_pretrained(folder)
         else:
             trained = peft.PeftModel.from_pretrained(base, folder)
-            trained.model.model.rope_deltas = None
             trained = trained.get_base_model()
         logps = plain_logps(trained, PAIRS[1:4], clips, args, processor)
     rewards = 0.5 * (logps - ref_logps)

@@ -22,7 +22,7 @@ from reference import hf_inputs
 from safetensors.torch import load_file
 from test_packing import clips, close_gradients  # noqa: F401
 from test_train import ROOT, demo, metrics  # noqa: F401
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import multivideo as mv
 import train_grpo as grpo
@@ -97,13 +97,13 @@ def reference_inputs(model_path, record, folder, completion):
     types_ = inputs["mm_token_type_ids"][:, :length]
     inputs["mm_token_type_ids"] = torch.cat([types_, torch.zeros_like(completion).to(types_.dtype)], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["position_ids"] = mv.qwen_position_ids(inputs, AutoConfig.from_pretrained(model_path))
     return inputs, length
 
 
 def plain_logps(model, model_path, record, folder, completion, temperature):
     """Log-probabilities of one completion through the plain HF model, alone and unpacked."""
     inputs, length = reference_inputs(model_path, record, folder, completion)
-    model.model.rope_deltas = None
     logits = model(**inputs, use_cache=False).logits[0, length - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 

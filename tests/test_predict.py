@@ -86,7 +86,7 @@ def hf_answer(model, processor, row, folder, args, silent, tokens=8):
     kwargs = {"videos": [v for v, _ in videos], "video_metadata": [m for _, m in videos]} if videos else {}
     inputs = processor(text=[text], images=images, **kwargs, do_resize=False, do_sample_frames=False,
                        return_tensors="pt")  # fmt: skip
-    model.model.rope_deltas = None
+    inputs["position_ids"] = mv.qwen_position_ids(inputs, model.config)
     ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, suppress_tokens=silent)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -263,7 +263,7 @@ def test_blank_each(data, model, tmp_path, monkeypatch, capsys):
             ends = inputs["video_grid_thw"].prod(1).cumsum(0).tolist()
             start = [0, *ends][blank]
             inputs["pixel_values_videos"][start : ends[blank]] = grey
-        plain.model.rope_deltas = None
+        inputs["position_ids"] = mv.qwen_position_ids(inputs, plain.config)
         logps = plain(**inputs).logits[0].log_softmax(-1)
         n = len(answer)
         return logps[-n - 1 : -1].gather(1, answer[:, None]).sum().item()

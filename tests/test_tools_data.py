@@ -439,7 +439,8 @@ def test_predicted_memory_is_what_a_step_allocates(small_model, name):
     labels = np.full(len(ids), -100)
     labels[-20:] = 2
     patches = np.random.default_rng(0).integers(0, 255, (int(grid.prod(1).sum()), 1176), dtype=np.uint8)
-    positions = encoder.positions(ids, grid, [1.0] * len(grid))
+    clips = {encoder.config.video_token_id: iter([(size, 1.0) for size in grid])}
+    positions = mv.qwen_positions(ids, clips, encoder.config)
     sample = {"input_ids": ids, "labels": labels, "video_grid_thw": grid, "patches": patches,
               "lengths": np.array([len(ids)]), "position_ids": positions}  # fmt: skip
     autocast = torch.autocast(

@@ -136,6 +136,7 @@ def test_loss_equals_plain_model(straight, demo, flags):
         inputs = processor(text=[text], videos=[frames for frames, _ in clips], video_metadata=metadata,
                            do_resize=False, do_sample_frames=False, return_tensors="pt")  # fmt: skip
         labels = assistant_labels(inputs["input_ids"][0].tolist(), processor.tokenizer)
+        inputs["position_ids"] = mv.qwen_position_ids(inputs, model.config)
         with torch.no_grad():
             loss += hf_loss(model, inputs, labels).item()
         tokens += int((labels != -100).sum())

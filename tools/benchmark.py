@@ -194,6 +194,9 @@ def pad(batch):
 
     joined = {name: torch.cat([torch.as_tensor(b[name]) for b in batch])
               for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")}  # fmt: skip
+    if "position_ids" in batch[0]:
+        rows = [torch.nn.functional.pad(b["position_ids"], (0, longest - b["position_ids"].shape[2])) for b in batch]
+        joined["position_ids"] = torch.cat(rows, 1)
     labels = {"labels": padded("labels", -100)} if "labels" in batch[0] else {}
     return {"input_ids": padded("input_ids", 0), "attention_mask": padded("attention_mask", 0),
             "mm_token_type_ids": padded("mm_token_type_ids", 0), **labels, **joined}  # fmt: skip
@@ -223,6 +226,8 @@ class Ways:
             prompt, *answers = sample["lengths"].tolist()
             lengths = [prompt + answer for answer in answers or [0]]
             assert [item["input_ids"].shape[1] for item in conversations] == lengths, (lengths, plain)
+            for item in conversations:
+                item["position_ids"] = mv.qwen_position_ids(item, self.encoder.config)
 
     def load(self, way):
         if way == "usual":
@@ -234,7 +239,6 @@ class Ways:
     def step(self, way, model, optimizer, batch_size):
         """One optimizer step; the loss is the mean over supervised tokens in both."""
         if way == "usual":
-            model.model.rope_deltas = None
             loss = model(**pad(self.usual[:batch_size]), use_cache=False).loss
         else:
             inputs, targets, _ = mv.pack(self.ours[:batch_size], self.encoder, "cpu")
@@ -266,7 +270,6 @@ class PairWays(Ways):
             labels = batch.pop("labels")[:, 1:]
 
             def ask(model):
-                model.model.rope_deltas = None
                 logits = model(**batch, use_cache=False).logits[:, :-1]  # [2 · pairs, T − 1, V]
                 chosen = logits.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
                 normalizer = torch.stack([row.logsumexp(-1) for row in logits])  # row by row, as TRL, to save memory
@@ -297,6 +300,7 @@ class GroupWays:
         usual = UsualDataset(folder, folder / "model", records, args.video_resized_width)[0]
         assert usual["input_ids"].shape[1] == len(self.sample["input_ids"])
         self.prompt = {name: torch.cat([torch.as_tensor(value)] * self.G) for name, value in usual.items()}
+        self.prompt["position_ids"] = mv.qwen_position_ids(self.prompt, self.encoder.config)
         self.advantages, self.rounds = torch.linspace(-1, 1, self.G), 0
 
     def load(self, way):
@@ -329,7 +333,7 @@ class GroupWays:
                       "mm_token_type_ids": torch.zeros_like(completion)}  # fmt: skip
             inputs = {name: torch.cat([value, longer[name].to(value.dtype)], 1) if name in longer else value
                       for name, value in self.prompt.items()}  # fmt: skip
-            model.model.rope_deltas = None
+            inputs["position_ids"] = mv.qwen_position_ids(inputs, self.encoder.config)
             logits = model(**inputs, use_cache=False).logits[:, -completion.shape[1] - 1 : -1] / self.args.temperature
             logps = logits.log_softmax(-1).gather(2, completion[..., None]).flatten()
         else:
@@ -753,7 +757,6 @@ def time_growth(args, rounds):
                 if way == "usual":
                     if times[key]["tokens"] > USUAL_MOST:
                         continue
-                    model.model.rope_deltas = None
                     batch = padded(samples, encoder)  # the processor's work: not timed
                 started = time.perf_counter()
                 if way == "usual":

@@ -188,12 +188,13 @@ def padded(samples: list[dict], encoder: mv.Encoder) -> dict:
 
     ids, labels = right(0, encoder.tokenizer.pad_token_id), right(1, -100)
     grid = torch.cat(grids)
-    return {
+    batch = {
         "input_ids": ids, "labels": labels, "mm_token_type_ids": (ids == encoder.config.video_token_id).int() * 2,
         "attention_mask": torch.stack([(torch.arange(longest) < len(row)).long() for row, _ in rows]),
         "pixel_values_videos": mv.normalize_patches(torch.cat(patches), encoder.image_mean, encoder.image_std),
         "video_grid_thw": grid, "second_per_grid_ts": torch.full((len(grid),), SECONDS_PER_GRID),
     }  # fmt: skip
+    return batch | {"position_ids": mv.qwen_position_ids(batch, encoder.config)}
 
 
 # ------------------------------------------------------------------------------------------------------ model FLOPs
@@ -595,7 +596,6 @@ class Bench:
             mv.use_packed_attention(self.model, self.kernel)
         else:
             self.base().set_attn_implementation("flash_attention_2" if "flash" in way else "sdpa")
-            self.base().model.rope_deltas = None
 
     # ---- training steps: each gives its loss
 
@@ -683,12 +683,11 @@ class Bench:
                 suppress_tokens=data.encoder.vision_ids,
             )  # fmt: skip
         self.model.train()
-        self.base().model.rope_deltas = None
         return output[:, prompt["input_ids"].shape[1] :]
 
     def repeated_prompt(self, data) -> dict:
         """The usual way's prompt and its pixels, once for each completion."""
-        return {name: torch.cat([value] * self.scale.generations)
+        return {name: torch.cat([value] * self.scale.generations, dim=name == "position_ids")
                 for name, value in self.usual_batch(data).items() if name != "labels"}  # fmt: skip
 
     def grpo(self, way, data):
@@ -710,6 +709,7 @@ class Bench:
                       "mm_token_type_ids": torch.zeros_like(completions, dtype=torch.int32)}  # fmt: skip
             prompt = self.repeated_prompt(data)
             inputs = {k: torch.cat([v, longer[k]], 1) if k in longer else v for k, v in prompt.items()}
+            inputs["position_ids"] = mv.qwen_position_ids(inputs, data.encoder.config)
             sequences = torch.arange(G, device=self.device).repeat_interleave(completions.shape[1])
             weights = torch.full((G,), 1 / len(sequences), device=self.device)
 

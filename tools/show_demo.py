@@ -32,7 +32,7 @@ def load(model_path: str):
     return AutoModelForImageTextToText.from_pretrained(model_path).eval(), AutoProcessor.from_pretrained(model_path)
 
 
-def prepare(rows: list[dict], endings: list[str], processor, folder: str, args, clips: dict):
+def prepare(rows: list[dict], endings: list[str], processor, config, folder: str, args, clips: dict):
     """The processor's tensors for the first user turn of each normal record with its ending behind, padded left.
 
     `clips` keeps what was decoded: a clip stands in many records.
@@ -51,10 +51,12 @@ def prepare(rows: list[dict], endings: list[str], processor, folder: str, args, 
                 metadata.append({"fps": fps, "total_num_frames": len(frames), "frames_indices": range(len(frames))})
         chat = [{"role": "user", "content": content}]
         texts.append(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + ending)
-    return processor(
+    inputs = processor(
         text=texts, videos=videos, video_metadata=metadata, do_resize=False, do_sample_frames=False,
         padding=True, padding_side="left", return_tensors="pt",
     )  # fmt: skip
+    inputs["position_ids"] = mv.qwen_position_ids(inputs, config)
+    return inputs
 
 
 @torch.no_grad()
@@ -63,7 +65,7 @@ def answer(model_path: str, rows: list[dict], folder: str, args, batch_size: int
     (model, processor), clips, answers = load(model_path), {}, []
     for start in tqdm(range(0, len(rows), batch_size), desc=f"answers of {model_path}", leave=False):
         batch = rows[start : start + batch_size]
-        inputs = prepare(batch, [""] * len(batch), processor, folder, args, clips)
+        inputs = prepare(batch, [""] * len(batch), processor, model.config, folder, args, clips)
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in answers]
@@ -76,7 +78,7 @@ def preferences(model_path: str, rows: list[dict], folder: str, args, batch_size
     for start in tqdm(range(0, len(rows), batch_size), desc=f"preferences of {model_path}", leave=False):
         batch = [row for row in rows[start : start + batch_size] for _ in range(2)]
         endings = [text(row["completions"][i % 2][0]) + "<|im_end|>" for i, row in enumerate(batch)]
-        inputs = prepare(batch, endings, processor, folder, args, clips)
+        inputs = prepare(batch, endings, processor, model.config, folder, args, clips)
         logps = model(**inputs).logits[:, :-1].log_softmax(-1)
         logps = logps.gather(2, inputs["input_ids"][:, 1:, None])[:, :, 0]
         lengths = [len(processor.tokenizer.encode(ending)) for ending in endings]
