@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import queue
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -923,10 +924,10 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     ]
     if not identity:  # a hub dataset: its fingerprint changes with its commit
         identity = [_open_table(source)._fingerprint]
-    # The code is part of the key (this section, the trainer's rules): rows by another version of it are not reused.
-    section = inspect.getsource(sys.modules[__name__]).split("- 2. records\n")[1].split("- 3. sampling and")[0]
-    code = [section, inspect.getsource(getattr(normalize, "func", normalize)),
-            str(getattr(normalize, "keywords", ""))]  # fmt: skip
+    # The code is part of the key: people edit normalizers and what they call, and rows must not be an older version's.
+    function = getattr(normalize, "func", normalize)
+    sources = project_sources(__file__, inspect.getsourcefile(function) or "")
+    code = [sources, inspect.getsource(function), str(getattr(normalize, "keywords", ""))]
     key = hashlib.sha256(json.dumps([source, identity, code, str(features)]).encode()).hexdigest()[:32]
     try:
         return Dataset.from_generator(
@@ -935,6 +936,39 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
+
+
+def project_sources(*files: str) -> list[tuple[str, str]]:
+    """`(name, SHA-256)` of these Python files and of all that they import from their own folders, in turn."""
+    waiting = [Path(file).resolve() for file in files if Path(file).is_file()]
+    folders, digests = {path.parent for path in waiting}, {}
+    while waiting:
+        path = waiting.pop()
+        content = path.read_bytes()
+        digests[path] = path.name, hashlib.sha256(content).hexdigest()
+        for level, name in _imported_names(content):
+            for folder in [path.parents[level - 1]] if level else folders | {path.parent}:
+                module = folder.joinpath(*name.split("."))
+                found = (module.with_name(f"{module.name}.py"), module / "__init__.py")
+                waiting += [file for file in found if file.is_file() and file not in digests]
+    return sorted(digests.values())
+
+
+@functools.lru_cache(256)
+def _imported_names(source: bytes) -> set[tuple[int, str]]:
+    """What Python code imports, in functions too: (level of a relative import, dotted name that may be a module)."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(node.level, f"{node.module or ''}.{alias.name}".strip(".")) for alias in node.names]
+        else:
+            continue
+        for level, name in names:
+            parts = name.split(".")
+            found |= {(level, ".".join(parts[:i])) for i in range(1, len(parts) + 1)}
+    return found
 
 
 def record_files(row: dict) -> list[str]:
@@ -1228,6 +1262,9 @@ def _rgb(frame, reformatter):
     return np.rot90(pixels, round(frame.rotation / 90))
 
 
+# Raise it whenever another decoder, or a change of decoding, resizing or the cache's files, may give other frames:
+# those kept under another number are not read.
+CACHE_VERSION = 2
 MAX_INDICES = 50_000  # of a VideoCache in memory: some 30 MB
 
 
@@ -1236,12 +1273,13 @@ class VideoCache:
 
     Names are hashes of the file's identity (real path, size, modification time), so a changed file is another one.
     Files are written aside and renamed: several processes and machines may share the folder. What cannot be read, or
-    has another checksum than when it was written, is made again. A full cache or disk only stops it growing.
+    has another checksum than when it was written, is made again. A full cache or disk only stops it growing. Each
+    CACHE_VERSION has a folder of its own within the cache's.
     """
 
     def __init__(self, folder: str, room=None):
         """`room`: a ctypes double, the bytes that may still be added by all who share it; without it, nothing is."""
-        self.folder, self.room = folder, room or ctypes.c_double(0)
+        self.folder, self.room = os.path.join(folder, f"frames-v{CACHE_VERSION}"), room or ctypes.c_double(0)
         self.indices = {}  # those read of late, at most MAX_INDICES
         self.real_folder = functools.lru_cache(4096)(os.path.realpath)
 
@@ -1249,15 +1287,33 @@ class VideoCache:
     def free_room(folder: str, limit_gb: float) -> float:
         """Bytes that may be added: to the limit in all, or to a fifth of what the disk could give the cache."""
         used = 0
-        for sub in [entry.path for entry in os.scandir(folder) if entry.is_dir()]:
-            for entry in os.scandir(sub):
-                with contextlib.suppress(OSError):  # another process has renamed it
-                    status = entry.stat()
-                    if entry.name.endswith(".aside") and status.st_mtime < time.time() - 3600:  # of a killed process
-                        os.remove(entry)
-                    else:
-                        used += status.st_size
+        for file in Path(folder, f"frames-v{CACHE_VERSION}").glob("*/*"):
+            with contextlib.suppress(OSError):  # another process has renamed it
+                status = file.stat()
+                if file.suffix == ".aside" and status.st_mtime < time.time() - 3600:  # of a killed process
+                    file.unlink()
+                else:
+                    used += status.st_size
         return max(0.0, min(limit_gb * 1e9, (used + shutil.disk_usage(folder).free) / 5) - used)
+
+    @staticmethod
+    def describe_other_versions(folder: str) -> str | None:
+        """Frames in the cache's folder that other versions kept: their size and the commands that delete them."""
+        size, commands, here = 0, set(), shlex.quote(folder)
+        ours = ".*/[0-9a-f]{2}/[0-9a-f]{40}[.](json|safetensors)"
+        for file in itertools.chain(Path(folder).glob("frames-v*/*/*"), Path(folder).glob("[0-9a-f][0-9a-f]/*")):
+            top = file.relative_to(folder).parts[0]
+            if re.match(r"[0-9a-f]{40}\.(json|safetensors)", file.name) and top != f"frames-v{CACHE_VERSION}":
+                with contextlib.suppress(OSError):
+                    size += file.stat().st_size
+                    # Before there were versions their files stood among whatever else the folder has.
+                    commands.add(
+                        f"rm -r {here}/{top}"
+                        if top.startswith("frames-v")
+                        else f"find {here} -regextype egrep -regex '{ours}' -not -path '*/frames-v*' -delete"
+                    )
+        many = f"{size / 1e9:.3g} GB of another version's frames, which are not read; to delete them: "
+        return many + "; ".join(sorted(commands)) if commands else None
 
     def identity(self, path: str) -> str:
         """What stands for a file: the same as long as it is unchanged."""
@@ -1315,6 +1371,7 @@ class VideoCache:
         for name, content in contents.items():
             aside = f"{name}.{os.urandom(8).hex()}.aside"
             try:
+                os.makedirs(self.folder, mode=0o700, exist_ok=True)
                 os.makedirs(os.path.dirname(name), mode=0o700, exist_ok=True)
                 with open(aside, "wb") as file:
                     file.write(content)
@@ -1505,6 +1562,7 @@ class Encoder:
         vision = self.config.vision_config
         self.patch_size, self.merge_size = vision.patch_size, vision.spatial_merge_size
         self.factor = self.patch_size * self.merge_size
+        self.max_positions = self.config.get_text_config().max_position_embeddings
         self.cache = VideoCache(args.video_cache, room) if args.video_cache else None
         self.watch = watch
         self.end_of_turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -1669,36 +1727,46 @@ class Encoder:
         return 3 * FRAME_FACTOR * self.patch_size**2
 
 
-POSITION_RULE = "one past the largest of a clip's t, h and w positions"  # where text goes on after it
+POSITION_RULE = (
+    "text goes on one past the largest of a clip's t, h and w positions"  # what the models were trained with
+)
+OLD_POSITION_RULE = "text goes on at a clip's start + max(h, w)"  # transformers 5.3's, of runs that recorded no rule
 
 
 def qwen_positions(input_ids, clips: dict, config) -> np.ndarray:
-    """Text, temporal, height and width positions of one sequence, as Qwen2-VL and Qwen2.5-VL were trained: int64 [4, T].
+    """Text, temporal, height and width positions of one sequence by the rule of the models' training: int64 [4, T].
 
     `clips`: for each placeholder token an iterator over `(grid, seconds)` of its clips in order: (t, h, w) in patches,
     and the seconds of one temporal patch. What follows a clip goes on one past the largest of its positions.
     Source: get_rope_index of transformers 4.49 to 4.51; later ones round seconds, or go on at start + max(h, w).
     """
     input_ids = np.asarray(input_ids)
-    vision, merge = config.vision_config, config.vision_config.spatial_merge_size
     positions = np.empty((4, len(input_ids)), np.int64)
     positions[0] = np.arange(len(input_ids))
     placeholders = np.flatnonzero(np.isin(input_ids, list(clips)))
     done = following = visited = 0  # tokens that have positions, the next position, placeholders that have positions
     while visited < len(placeholders):
         start = placeholders[visited]
-        (t, h, w), seconds = next(clips[int(input_ids[start])])
+        grid, seconds = next(clips[int(input_ids[start])])
         positions[1:, done:start] = following + np.arange(start - done)
         following += start - done
-        clip = np.indices((t, h // merge, w // merge)).reshape(3, -1)
-        if config.model_type == "qwen2_5_vl":  # by time, in float32 as the processor hands seconds over
-            clip[0] = clip[0].astype(np.float32) * np.float32(vision.tokens_per_second * seconds)  # floored
+        clip = clip_positions(grid, seconds, config)
         done = start + clip.shape[1]
         positions[1:, start:done] = following + clip
         following += clip.max() + 1
         visited += clip.shape[1]
     positions[1:, done:] = following + np.arange(len(input_ids) - done)
     return positions
+
+
+def clip_positions(grid, seconds: float, config) -> np.ndarray:
+    """Temporal, height and width positions of one clip's tokens, from 0 on: int64 [3, tokens]; see qwen_positions."""
+    (t, h, w), merge = grid, config.vision_config.spatial_merge_size
+    positions = np.indices((t, h // merge, w // merge))
+    if config.model_type == "qwen2_5_vl":  # by time, in float32 as the processor hands seconds over, rounded down
+        interval = np.float32(config.vision_config.tokens_per_second * seconds)
+        positions[0] = positions[0].astype(np.float32) * interval
+    return positions.reshape(3, -1)
 
 
 def qwen_position_ids(inputs, config) -> torch.Tensor:
@@ -1731,6 +1799,34 @@ def add_suffixes(sample: dict, suffixes: list[tuple]) -> dict:
         "input_ids": np.concatenate(ids), "labels": np.concatenate(labels),
         "position_ids": np.concatenate(positions, 1), "lengths": np.array([len(part) for part in ids]),
     }  # fmt: skip
+
+
+def run_arguments(folder: str | Path) -> dict | None:
+    """The arguments.json of the run that wrote the model in `folder` or, for checkpoint-N, in the folder above."""
+    for path in (Path(folder) / "arguments.json", Path(folder).parent / "arguments.json"):
+        if path.is_file():
+            return json.loads(path.read_text())
+    return None
+
+
+def weights_identity(source: str, cache_dir: str | None = None) -> list[str]:
+    """Size and time of change of a model's or adapter's weight files, or the commit of a hub model."""
+    if not Path(source).is_dir():
+        return [f"{source} at commit {AutoConfig.from_pretrained(source, cache_dir=cache_dir)._commit_hash}"]
+    files = [file for file in sorted(Path(source).iterdir()) if file.suffix in (".safetensors", ".bin")
+             and file.name.startswith(("model", "adapter_model", "pytorch_model"))]  # fmt: skip
+    return [f"{file.name}: {file.stat().st_size} bytes of {np.datetime64(file.stat().st_mtime_ns, 'ns')}"
+            for file in files]  # fmt: skip
+
+
+@functools.cache
+def warn_of_old_positions(flag: str, folder: str | None):
+    """Print a warning if a run of ours trained this model with another position rule than POSITION_RULE."""
+    run = run_arguments(folder) if folder and Path(folder).is_dir() else None
+    if run is not None and run.get("position_rule") != POSITION_RULE:
+        say(f"warning: --{flag} {folder} was trained with other positions ({OLD_POSITION_RULE}, as in transformers "
+            f"5.3) than it gets now ({POSITION_RULE}, as Qwen trained its models): its answers may be worse; train it "
+            "again")  # fmt: skip
 
 
 def load_config(source: str, args: TrainingArguments):
@@ -2063,6 +2159,8 @@ def load_model(
         raise InputError(f"{path} was written {'without' if args.lora_enable else 'with'} --lora_enable True: "
                          "go on as it began, or start in another --output_dir")  # fmt: skip
     source = path if path and not args.lora_enable else args.model_id
+    for flag in ("model_id", "lora_weight_path"):
+        warn_of_old_positions(flag, getattr(args, flag))
     config = config or load_config(source, args)
     if getattr(config.get_text_config(), "use_sliding_window", False):
         raise InputError(f"--model_id {args.model_id}: sliding-window attention is not supported; set "
@@ -2607,6 +2705,7 @@ class SampleStream:
         self.encoder, self.args, self.num_workers = encoder, args, args.dataloader_num_workers
         self.sample_bytes = 0  # of the largest sample so far
         self.bad_path = Path(args.output_dir) / "bad_videos.jsonl"
+        self.warned = False  # of a sample with too large positions
         self.bad, self.told = {}, set()  # bad files and why; (record, file) pairs and files that were told of
         self.killed, self.bytes_learned, self.lock = set(), 0, threading.Lock()  # files whose process was killed once
         self._learn()
@@ -2755,7 +2854,7 @@ class SampleStream:
 
     def _tell(self, result):
         """Pass a sample on, and say of which files it came without."""
-        bad, record = [], None
+        bad, record, sample = [], None, {}
         try:
             sample = result()
             bad, record = sample["bad"], sample["id"]
@@ -2764,6 +2863,7 @@ class SampleStream:
             bad, record = [(error.path, error.reason)], error.record
             raise
         finally:
+            self._warn_of_positions(sample)
             if bad:
                 self._learn()  # another process may have told of it
             for file, reason in bad:
@@ -2775,6 +2875,16 @@ class SampleStream:
                     append_jsonl(self.bad_path, row | {"state": _file_state(file)})
                     if action != "error":
                         tqdm.write(f"bad file, {action}: record {record}: {file}: {reason}", sys.stderr)
+
+    def _warn_of_positions(self, sample):
+        """Print a warning, once, of a sample whose positions exceed those that the model was made for."""
+        last = int(sample["position_ids"].max()) if "position_ids" in sample else 0
+        if last >= self.encoder.max_positions and not self.warned:
+            self.warned = True
+            tqdm.write(f"warning: record {sample['id']} ends at position {last:,}, and the model was made for "
+                       f"{self.encoder.max_positions:,} (max_position_embeddings in its config.json): give shorter "
+                       "parts of its videos ('start' and 'end'), or split it. tools/check_data.py lists all such "
+                       "records", sys.stderr)  # fmt: skip
 
     def close(self):
         """Stop the workers, whatever they are at."""
@@ -3093,6 +3203,7 @@ def run_identity(args: TrainingArguments, encoder: Encoder, records: Dataset, sa
         "data file (SHA-256)": data,
         "records": len(records),
         "samples per step": samples_per_step,
+        "position rule": POSITION_RULE,
         "seed": args.seed,
         "optimizer": args.optim,
         "precision": next((name for name in ("bf16", "fp16", "pure_bf16") if getattr(args, name)), "fp32"),
@@ -3111,8 +3222,13 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     saved = json.loads((folder / "trainer_state.json").read_text())
     if lacking := sorted(state.keys() - saved.keys()):
         raise InputError(f"{folder}: trainer_state.json has no {', '.join(lacking)}: another version wrote it")
+    saved["run"].setdefault("position rule", OLD_POSITION_RULE)
     changed = {key: f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()
                if saved["run"].get(key) != value}  # fmt: skip
+    if "position rule" in changed:
+        changed["position rule"] += (
+            " (Qwen's own): its weights were trained on other positions than the model now gets"
+        )
     shards = [changed.pop("optimizer")] if "optimizer" in changed else []  # what no force can bring together
     stages = ["none" if stage is None else f"ZeRO-{stage}" for stage in (saved["zero_stage"], engine.zero_stage)]
     processes = engine.accelerator.num_processes
@@ -3203,7 +3319,10 @@ def describe_run(
     visual = (
         sum(t * h * w for t, h, w in first["video_grid_thw"]) // encoder.merge_size**2 if "input_ids" in first else "?"
     )
+    last = first["position_ids"].max() if "input_ids" in first else "?"
     cache = f"{args.video_cache}, at most {args.video_cache_limit_gb:g} GB" if args.video_cache else "none"
+    if args.video_cache and (others := VideoCache.describe_other_versions(args.video_cache)):
+        cache += f"; {others}"
     arithmetic = f"{args.per_device_train_batch_size} samples × {rows} rows × {world_size} processes"
     say(f"""  records    {len(records)}, {per_step} per step = {arithmetic}
   steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
@@ -3211,6 +3330,7 @@ def describe_run(
   video      {size}
   frames     {frames}
   sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual
+  positions  0 to {last} in sample 0, made for 0 to {encoder.max_positions - 1}; all samples: tools/check_data.py
   cache      {cache}
   output     {args.output_dir}""")  # fmt: skip
 

@@ -332,9 +332,10 @@ def comparable(reference, indices: list[int], samples: list[dict]) -> list[dict]
     for k, (i, sample) in enumerate(zip(indices, samples)):
         if isinstance(reference, dict) and "input_ids" in sample and int(reference["crc32"][i]) != checksum(sample):
             if not sample["bad"]:
-                raise mv.InputError(f"record {sample['id']}: its tokens or frames are not those whose reference log-"
-                                    "probabilities were computed (was a file replaced?): delete the ref_log_probs-* "
-                                    "file to compute them again")  # fmt: skip
+                raise mv.InputError(f"record {sample['id']}: its tokens, positions or frames differ from those that "
+                                    "the reference log-probabilities were computed from: a video or image file has "
+                                    "changed since, or the code that encodes it; delete the ref_log_probs-* file "
+                                    "to compute them again")  # fmt: skip
             samples[k] = {key: value for key, value in sample.items() if key != "input_ids"}  # left out and counted
     return samples
 
@@ -372,12 +373,9 @@ def reference_settings(args: DPOArguments, data_path: str, folder: str, encoder:
     source = args.ref_model_id or args.model_id
     run = mv.run_identity(replace(args, model_id=source, data_path=data_path), encoder, records, 0)
     folders = [source] if args.ref_model_id or not args.lora_weight_path else [source, args.lora_weight_path]
-    files = [file for path in map(Path, folders) if path.is_dir() for file in sorted(path.iterdir())
-             if file.suffix in (".safetensors", ".bin") and not file.name.startswith("ref_log_probs-")]  # fmt: skip
-    weights = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    if not Path(source).is_dir():
-        weights.append(AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)._commit_hash)
-    kept = {key: run[key] for key in ("model", "data file (SHA-256)", "records", "precision")}
+    weights = {str(Path(folder).resolve()) if Path(folder).is_dir() else folder:
+               mv.weights_identity(folder, args.cache_dir) for folder in folders}  # fmt: skip
+    kept = {key: run[key] for key in ("model", "data file (SHA-256)", "records", "precision", "position rule")}
     # Under autocast frozen parts have another type than trained ones.
     flags = {flag: getattr(args, flag) for flag in SAMPLE_FLAGS + TYPE_FLAGS * bool(mv.autocast_dtype(args))}
     return {**kept, "weights": weights, "videos": str(Path(folder).resolve()), "launched with DeepSpeed":
@@ -387,7 +385,9 @@ def reference_settings(args: DPOArguments, data_path: str, folder: str, encoder:
 def find_table(path: Path, settings: dict) -> dict | None:
     """The table in a file that precompute wrote, if it is there and whole; else says why there is none."""
     try:
-        return load_file(path)
+        table = load_file(path)
+        mv.say(f"reference log-probabilities: {len(table['crc32'])} pairs reused from {path}, 0 to compute")
+        return table
     except FileNotFoundError:
         others = [file for file in sorted(path.parent.iterdir()) if file.suffix == path.suffix
                   and file.name.startswith(path.name.rsplit("-", 1)[0] + "-")]  # fmt: skip
@@ -430,7 +430,7 @@ def precompute(reference: mv.Engine, stream, records, folder: str, encoder, path
     if is_main:
         read_parts(parts, table)
     (todo,) = broadcast_object_list([(table["crc32"] < 0).nonzero()[:, 0].tolist()])
-    mv.say(f"reference log-probabilities: {len(todo)} of {len(records)} pairs to compute for {path}")
+    mv.say(f"reference log-probabilities: {len(records) - len(todo)} pairs reused, {len(todo)} to compute for {path}")
     rows = mv.micro_batches(todo, reference.args.per_device_eval_batch_size, rank, world_size)
     bar = tqdm(total=len(rows), desc="reference", disable=not is_main)
     done, written, state = [], time.monotonic(), {"bad_videos": 0, "all_videos": 0}
@@ -581,7 +581,7 @@ def main():
     if is_main:
         for name in ("metrics.jsonl", "bad_steps.jsonl"):
             mv.cut_jsonl(output_dir / name, state)
-        mv.write_json(output_dir / "arguments.json", asdict(args))
+        mv.write_json(output_dir / "arguments.json", {**asdict(args), "position_rule": mv.POSITION_RULE})
     if trackers:
         config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
         names = {"wandb": {"name": args.run_name}} if args.run_name else {}

@@ -2,8 +2,8 @@
 
     pip install transformers==4.51.3 torch && python tests/make_positions.py tests/positions_4_51.json
 
-4.49 to 4.51 are as the model's authors have it. 4.52 to about 5.17 first round seconds per temporal patch down to whole
-ones; 5.3 and later also let what follows a clip go on at start + max(height, width).
+4.49 to 4.51 are as the model's authors have it. 4.52 to about 5.17 first round seconds per temporal patch down to
+whole ones; 5.3 and later also let what follows a clip go on at start + max(height, width).
 """
 
 import json
@@ -24,7 +24,7 @@ FAMILIES = {
 
 
 def make_conversation() -> dict:
-    """Text, images and videos in random order: `ids`, the grids of `images` and `videos`, and `seconds` of the latter."""
+    """Text, images and videos in random order: `ids`, grids of `images` and `videos`, and `seconds` of the latter."""
     ids, images, videos, seconds = [TEXT] * random.randint(1, 4), [], [], []
     for _ in range(random.randint(1, 5)):
         h, w = 2 * random.randint(1, 6), 2 * random.randint(1, 6)

@@ -648,8 +648,8 @@ def test_temporal_positions_follow_each_video(folder, tiny_model):
 
 def test_positions_at_many_rates(models, processors):
     """Temporal positions are floored: at 400 sampled rates, among them those that round down in one precision only."""
-    path, model = models["qwen2_5_vl"]
-    encoder, processor = mv.Encoder(path, mv.TrainingArguments()), processors["qwen2_5_vl"]
+    _, model = models["qwen2_5_vl"]
+    processor = processors["qwen2_5_vl"]
     rates = [
         (24 * n, fps) for n in range(1, 51) for fps in (10.0, 24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 50.0, 60.0)
     ]

@@ -673,7 +673,7 @@ def test_a_replaced_video_is_noticed(precomputing, clips, tmp_path):
     run(*flags, "--output_dir", tmp_path / "a")
     shutil.copy(own / "1.mp4", tmp_path / "1.mp4")
     write_clip(own / "1.mp4", 56, 56, 9, rate=25, seed=77)
-    with pytest.raises(mv.InputError, match=r"record \d+: its tokens or frames are not those"):
+    with pytest.raises(mv.InputError, match=r"record \d+: its tokens, positions or frames differ"):
         run(*flags, "--output_dir", tmp_path / "b")
     (own / "1.mp4").write_bytes(b"no video")
     run(*flags, "--output_dir", tmp_path / "c", "--on_bad_video", "drop_video", "--max_bad_ratio", 1)

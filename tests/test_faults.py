@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -649,17 +650,41 @@ def test_full_caches_and_disks_stop_caching_only(clips, tiny_model, tmp_path, mo
 
 def test_room(tmp_path, monkeypatch):
     """The limit counts what is there; leftovers of killed processes go; a fifth of the disk is the most."""
-    (tmp_path / "ab").mkdir()
-    (tmp_path / "ab" / "x.safetensors").write_bytes(bytes(1000))
+    assert mv.VideoCache.free_room(str(tmp_path), 1e-5) == pytest.approx(10000)
+    place = Path(mv.VideoCache(str(tmp_path)).folder) / "ab"
+    place.mkdir(parents=True)
+    (place / "x.safetensors").write_bytes(bytes(1000))
     for name, age in (("old.aside", 7200), ("young.aside", 0)):
-        (tmp_path / "ab" / name).write_bytes(bytes(500))
-        os.utime(tmp_path / "ab" / name, (time.time() - age,) * 2)
+        (place / name).write_bytes(bytes(500))
+        os.utime(place / name, (time.time() - age,) * 2)
     (tmp_path / "README").write_text("not ours")
     assert mv.VideoCache.free_room(str(tmp_path), 1e-5) == pytest.approx(10000 - 1500)
-    assert not (tmp_path / "ab" / "old.aside").exists() and (tmp_path / "ab" / "young.aside").exists()
+    assert not (place / "old.aside").exists() and (place / "young.aside").exists()
     monkeypatch.setattr(mv.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 8500, 8500))
     assert mv.VideoCache.free_room(str(tmp_path), 50) == (1500 + 8500) / 5 - 1500
     assert mv.VideoCache.free_room(str(tmp_path), 0) == 0
+
+
+def test_frames_of_another_version_are_not_read(clips, tiny_model, tmp_path, monkeypatch):
+    """They do not fill the cache either; their size and the command that deletes them are printed, and it works."""
+    row, folder = record("r", GOOD[:3]), tmp_path / "the cache"
+    args = arguments(tiny_model, tmp_path / "out", video_cache=str(folder), dataloader_num_workers=0)
+    for version in (1, 2):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.setattr(mv, "CACHE_VERSION", version)
+        encoder = mv.Encoder(args.model_id, args)
+        mv.SampleStream(encoder, args)
+        encoder(row, str(clips))
+    first, second = ({file.name for file in (folder / v).rglob("*.safetensors")} for v in ("frames-v1", "frames-v2"))
+    assert first == second and len(second) == 3
+    shutil.copytree(folder / "frames-v1", folder, dirs_exist_ok=True)  # as before there were versions
+    (folder / "README").write_text("not ours")
+    size = sum(file.stat().st_size for file in (folder / "frames-v1").rglob("*") if file.is_file())
+    told = mv.VideoCache.describe_other_versions(str(folder))
+    assert told.startswith(f"{2 * size / 1e9:.3g} GB of another version's frames") and size > 30000
+    subprocess.run(told.split(": ", 1)[1], shell=True, check=True)
+    assert {file.parts[len(folder.parts)] for file in folder.rglob("*") if file.is_file()} == {"README", "frames-v2"}
+    assert mv.VideoCache.describe_other_versions(str(folder)) is None
 
 
 def test_cached_runs_are_bit_equal(clips, run_flags, tmp_path, monkeypatch):

@@ -112,7 +112,8 @@ def worker(args, decode=False, objective="sft"):
 
 def look(args, raw, folder, decode=False, objective="sft"):
     """What the tool finds about raw records, and the encoder."""
-    encoder, found = worker(args, decode, objective), check_data.Findings()
+    encoder = worker(args, decode, objective)
+    found = check_data.Findings(encoder)
     for number, item in enumerate(raw):
         found.add_record("train", number, check_data.read_record((f"record {number}", item, str(folder))))
     for item in found.distinct():
@@ -142,12 +143,12 @@ def test_tokens_are_those_of_the_encoder(tiny_model, folder, records, name, deco
     for number, raw in enumerate(records):
         sample = encoder(check_data._worker["normalize"](raw, "x"), str(folder))
         grid = sample["video_grid_thw"]
-        columns = "id, total, visual, learned, videos, images, whole > visual"
+        columns = "id, total, visual, learned, videos, images, whole > visual, last"
         ours = found(f"SELECT {columns} FROM good WHERE number = ?", number).fetchone()
         learned = int((sample["labels"] != -100).sum())
         visual = int(grid.prod(1).sum()) // 4
         assert ours == (raw["id"], len(sample["input_ids"]), visual, learned, sample["num_videos"],
-                        sample["num_images"], sample["shrunk"])  # fmt: skip
+                        sample["num_images"], sample["shrunk"], sample["position_ids"][1:].max())  # fmt: skip
         frames = found("SELECT (frames + 1) / 2, height / 14, width / 14 FROM trained_clips WHERE number = ?", number)
         assert sorted(frames.fetchall()) == sorted(map(tuple, grid.tolist()))
 
@@ -172,8 +173,13 @@ def test_records_of_the_other_trainers(tiny_model, folder, objective):
     prompt, *answers = sample["lengths"].tolist()
     assert len(answers) == (2 if objective == "dpo" else 0)
     learned = int((sample["labels"] != -100).sum())
-    counts = found("SELECT total, longest, visual, learned FROM good").fetchall()
-    assert counts == [(sample["num_tokens"], prompt + max(answers, default=0), 16, learned)]
+    counts = found("SELECT total, longest, visual, learned, last FROM good").fetchall()
+    last = sample["position_ids"][1:].max()
+    assert counts == [(sample["num_tokens"], prompt + max(answers, default=0), 16, learned, last)]
+    assert check_data.report_split(found, "train", "", args, encoder.factor)["over_positions"]["count"] == 0
+    found.encoder.max_positions = int(last)
+    over = check_data.report_split(found, "train", "", args, encoder.factor)["over_positions"]
+    assert over == {"count": 1, "items": [{"id": "it", "position": last}], "limit": last}
     report = check_data.report_split(found, "train", "data.json", args, encoder.factor)
     assert report["bad_records"]["count"] == 1
     assert report["too_long"]["flag"] == ("max_prompt_length" if objective == "grpo" else "max_seq_length")

@@ -208,6 +208,7 @@ class Page:
     encoder: mv.Encoder
     stream: mv.SampleStream
     args: AppArguments
+    weights: dict[str, list[str]]  # of the model, and of an adapter's base: folder → what was loaded from it
 
     def encode(self, rows: list[dict]) -> list[dict]:
         """Samples of records, decoded in processes that can be killed: uploads are opened there only."""
@@ -269,6 +270,19 @@ class Page:
                 f'{count - visual:,} text</span></div><div class="meter"><i style="{bar}"></i></div>'
                 + ("" if fits else wrong(TOO_LONG.format(count, most))))  # fmt: skip
 
+    def check_weights(self):
+        """Make sure that the files the model was loaded from are still the same.
+
+        Raises:
+            InputError: shows both.
+        """
+        for folder, before in self.weights.items():
+            now = mv.weights_identity(folder, self.args.cache_dir)
+            if now != before:
+                raise mv.InputError(f"the weights of {Path(folder).name} have changed since this page loaded them: "
+                                    f"{', '.join(before)} then, {', '.join(now) or 'no file'} now. Start the page "
+                                    "again")  # fmt: skip
+
     def look(self, files, turns, *settings) -> str:
         """What the model would get now, as HTML: files or settings have changed, or an answer was given."""
         turns = with_files(turns, files or [])
@@ -287,6 +301,7 @@ class Page:
         try:
             if not question.strip():
                 raise mv.InputError("write a question first")
+            self.check_weights()
             args = replace(self.args, max_new_tokens=max_new_tokens or 0, temperature=temperature or 0.0)
             if problems := args.check(set()):
                 raise mv.InputError("settings: " + "; ".join(problems))
@@ -314,7 +329,8 @@ def build(page: Page):
     import gradio as gr
 
     args, small = page.args, {"min_width": 120, "precision": 0}
-    about = [Path(args.model_id).name, str(page.engine.raw_model.dtype).removeprefix("torch."),
+    model = page.engine.raw_model
+    about = [" on ".join(Path(folder).name for folder in page.weights), str(model.dtype).removeprefix("torch."),
              str(page.engine.accelerator.device)] + ([f"{args.bits} bits"] if args.bits < 16 else [])  # fmt: skip
     about += [f"system prompt: {args.system_prompt}"] if args.system_prompt else []
     with gr.Blocks(title="Chat over videos and images", fill_width=True, delete_cache=(3600, 86400)) as blocks:
@@ -375,9 +391,10 @@ def load(argv: list[str], folder: str) -> Page:
     args.output_dir, args.on_long_sample, args.on_bad_video = folder, "skip", "drop_video"
     args.video_cache = tempfile.mkdtemp(dir=folder)
     accelerator = mv.make_accelerator(args)
+    weights = predict.weights_of(args)
     engine = mv.Engine(accelerator, predict.load_model(args, accelerator.device), args, frozen=True)
     encoder = mv.Encoder(args.model_id, args)
-    page = Page(engine, encoder, mv.SampleStream(encoder, args), args)
+    page = Page(engine, encoder, mv.SampleStream(encoder, args), args, weights)
     page.encode([record_of([{"question": "?", "answer": None, "files": []}], {})])  # the processes are up then
     return page
 

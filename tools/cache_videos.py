@@ -130,6 +130,8 @@ def main():
                         "fifth of the disk is taken), or name a larger disk")  # fmt: skip
     print(f"{args.video_cache}: {clips} clips of part {shard[0]} of {shard[1]} done, "
           f"{max(room - stream.room.value, 0) / 1e9:.2f} GB added")  # fmt: skip
+    if others := mv.VideoCache.describe_other_versions(args.video_cache):
+        print(f"  {others}")
     for problem in problems:
         print(f"  • {problem}")
     raise SystemExit(bool(problems))

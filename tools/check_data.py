@@ -208,7 +208,8 @@ def read_clip(item) -> dict:
                 notes["thinned"] = f"{rate:.3g} instead of {asked:g} frames per second"
             if seconds > LONG_SECONDS:
                 notes["long"] = f"{seconds:,.0f} s, a frame every {1 / rate:.3g} s"
-            found |= {"real_path": os.path.realpath(path), "span": f"{indices[0]}-{indices[-1]}"}
+            found |= {"real_path": os.path.realpath(path), "span": f"{indices[0]}-{indices[-1]}",
+                      "seconds": mv.FRAME_FACTOR / rate}  # fmt: skip
         else:
             sizes = []
             for file in part["files"]:
@@ -218,6 +219,7 @@ def read_clip(item) -> dict:
                 notes["mixed sizes"] = ", ".join(f"{w}×{h}" for w, h in sorted(set(sizes))[:3])
             found["path"] = os.path.join(folder, part["files"][0])
             count, (width, height) = len(sizes), sizes[0]
+            found["seconds"] = mv.FRAME_FACTOR / (part["fps"] or args.fps)
         shape = (count, *mv.target_size(part, height, width, count, args, factor))
         if shape[1] * shape[2] > 1.5 * height * width:
             notes["enlarged"] = f"{width}×{height} → {shape[2]}×{shape[1]}"
@@ -290,28 +292,30 @@ SCHEMA = """
                         PRIMARY KEY (split, number, k)) WITHOUT ROWID;
     CREATE TABLE distinct_clips (clip INTEGER PRIMARY KEY, spec TEXT UNIQUE, kind TEXT, path TEXT, real_path TEXT,
                                  span TEXT, frames INTEGER, height INTEGER, width INTEGER, tokens INTEGER,
-                                 problem TEXT);
+                                 seconds REAL, positions INTEGER, problem TEXT);
     CREATE TABLE notes (code TEXT, path TEXT, detail TEXT, clip INTEGER);
     CREATE TABLE samples (split TEXT, number INTEGER, videos INTEGER, images INTEGER, whole INTEGER, visual INTEGER,
-                          unreadable INTEGER, problem TEXT, PRIMARY KEY (split, number)) WITHOUT ROWID;
+                          unreadable INTEGER, positions INTEGER, problem TEXT,
+                          PRIMARY KEY (split, number)) WITHOUT ROWID;
     CREATE TABLE shrunk (split TEXT, number INTEGER, k INTEGER, frames INTEGER, height INTEGER, width INTEGER,
                          PRIMARY KEY (split, number, k)) WITHOUT ROWID;
     CREATE VIEW good AS SELECT split, number, id, videos, images, whole, visual, text, learned, text + visual total,
-        text + visual - beside longest FROM samples JOIN records USING (split, number)
-        WHERE samples.problem IS NULL AND unreadable = 0;
+        text + visual - beside longest, text - beside + positions - 1 last
+        FROM samples JOIN records USING (split, number) WHERE samples.problem IS NULL AND unreadable = 0;
     CREATE VIEW trained_clips AS SELECT split, number, kind, real_path, span, COALESCE(s.frames, d.frames) frames,
         COALESCE(s.height, d.height) height, COALESCE(s.width, d.width) width FROM clips
         JOIN distinct_clips d USING (clip) LEFT JOIN shrunk s USING (split, number, k) WHERE d.frames NOT NULL;
 """
 # records.beside: tokens that are not in the longest sequence of a record with several answers to one prompt.
-# samples.whole and visual: visual tokens without and with --max_video_tokens.
+# samples.whole and visual: visual tokens without and with --max_video_tokens; positions: what the clips take of them.
+# distinct_clips.seconds: of one temporal patch. good.last: the largest position.
 
 
 class Findings:
     """Everything that is found, in a temporary SQLite database that spills to disk ($TMPDIR) and leaves nothing."""
 
-    def __init__(self):
-        self.db = sqlite3.connect("")
+    def __init__(self, encoder):
+        self.encoder, self.db = encoder, sqlite3.connect("")
         self.db.executescript("PRAGMA cache_size = -100000;" + SCHEMA)
 
     def __call__(self, query: str, *values):
@@ -353,14 +357,21 @@ class Findings:
             self("INSERT OR IGNORE INTO distinct_clips (spec, kind) VALUES (?, ?)", spec, json.loads(spec)["type"])
             self("INSERT INTO clips SELECT ?, ?, ?, clip FROM distinct_clips WHERE spec = ?", split, number, k, spec)
 
+    def positions(self, shape, seconds: float) -> int:
+        """How many positions a clip takes: (frames, height, width), seconds of a temporal patch."""
+        patches = math.ceil(shape[0] / mv.FRAME_FACTOR)
+        grid = patches, *(side // self.encoder.patch_size for side in shape[1:])
+        return int(mv.clip_positions(grid, seconds, self.encoder.config).max()) + 1
+
     def add_clip(self, clip: int, result: dict, factor: int):
         """The result of read_clip."""
         shape = result.get("shape")
         self("UPDATE distinct_clips SET path = ?, real_path = ?, span = ?, problem = ? WHERE clip = ?",
              *map(result.get, ("path", "real_path", "span", "problem")), clip)  # fmt: skip
         if shape:
-            self("UPDATE distinct_clips SET frames = ?, height = ?, width = ?, tokens = ? WHERE clip = ?",
-                 *shape, mv.visual_tokens(*shape, factor), clip)  # fmt: skip
+            self("UPDATE distinct_clips SET frames = ?, height = ?, width = ?, tokens = ?, seconds = ?, positions = ? "
+                 "WHERE clip = ?", *shape, mv.visual_tokens(*shape, factor), result["seconds"],
+                 self.positions(shape, result["seconds"]), clip)  # fmt: skip
         for code, detail in result["notes"].items():
             self("INSERT INTO notes VALUES (?, ?, ?, ?)", code, result["path"], detail, clip)
 
@@ -381,7 +392,7 @@ class Findings:
         """Sum up the clips of each good record, and shrink them where --max_video_tokens says so."""
         self("""INSERT INTO samples SELECT split, number, COUNT(clip) - COUNT(CASE kind WHEN 'image' THEN 1 END),
                 COUNT(CASE kind WHEN 'image' THEN 1 END), COALESCE(SUM(tokens), 0), COALESCE(SUM(tokens), 0),
-                COUNT(clip) - COUNT(tokens), NULL
+                COUNT(clip) - COUNT(tokens), COALESCE(SUM(positions), 0), NULL
                 FROM records LEFT JOIN clips USING (split, number) LEFT JOIN distinct_clips USING (clip)
                 WHERE records.problem IS NULL GROUP BY split, number""")
         budget = args.max_video_tokens
@@ -393,7 +404,11 @@ class Findings:
                 self("UPDATE samples SET problem = ? WHERE split = ? AND number = ?", str(error), split, number)
                 continue
             visual = sum(mv.visual_tokens(*shape, factor) for shape in fitted)
-            self("UPDATE samples SET visual = ? WHERE split = ? AND number = ?", visual, split, number)
+            taken = self("SELECT seconds * frames FROM clips JOIN distinct_clips USING (clip) WHERE split = ? AND "
+                         "number = ? ORDER BY k", split, number)  # fmt: skip
+            positions = sum(self.positions(shape, total / shape[0]) for shape, (total,) in zip(fitted, taken))
+            self("UPDATE samples SET visual = ?, positions = ? WHERE split = ? AND number = ?", visual, positions,
+                 split, number)  # fmt: skip
             rows = [(split, number, k, *shape) for k, shape in enumerate(fitted)]
             self.db.executemany("INSERT INTO shrunk VALUES (?, ?, ?, ?, ?, ?)", rows)
 
@@ -419,9 +434,10 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
         places = found("SELECT place FROM records WHERE split = ? AND id = ? LIMIT 5", split, item["id"])
         item["places"] = [place for (place,) in places]
     columns = {"videos": "videos", "images": "images", "visual tokens": "visual", "text tokens": "text",
-               "learned tokens": "learned", "all tokens": "total"}  # fmt: skip
+               "learned tokens": "learned", "all tokens": "total", "last position": "last"}  # fmt: skip
     prompts = getattr(args, "max_prompt_length", None)  # of a trainer that adds the answers itself
     flag, limit = ("max_prompt_length", prompts) if prompts else ("max_seq_length", args.max_seq_length)
+    most = found.encoder.max_positions
     names, facts = "id tokens visual videos images", "visual, videos, images FROM good WHERE split = ?"
     return {
         "source": source,
@@ -438,6 +454,8 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
         "largest": found.listed(names, f"SELECT id, total, {facts} ORDER BY total DESC, number", split)["items"][:100],
         "too_long": found.listed(names, f"SELECT id, longest, {facts} AND longest > ? ORDER BY longest DESC", split,
                                  limit) | {"flag": flag, "limit": limit, "policy": args.on_long_sample},
+        "over_positions": found.listed("id position", "SELECT id, last FROM good WHERE split = ? AND last >= ? "
+                                       "ORDER BY last DESC, number", split, most) | {"limit": most},
         "video_tokens": report_budget(found, split, args, factor),
     }  # fmt: skip
 
@@ -486,7 +504,8 @@ def report_cache(found: Findings, args) -> dict:
                        "frames, height, width FROM trained_clips WHERE kind = 'video')")  # fmt: skip
     there = args.video_cache and os.path.isdir(args.video_cache)
     room = mv.VideoCache.free_room(args.video_cache, args.video_cache_limit_gb) / 1e9 if there else None
-    return {"gb": needed / 1e9, "folder": args.video_cache, "room_gb": room}
+    others = mv.VideoCache.describe_other_versions(args.video_cache) if there else None
+    return {"gb": needed / 1e9, "folder": args.video_cache, "room_gb": room, "other_versions": others}
 
 
 SIZES, FRAMES = (56, 112, 168, 224, 336, 448), (2, 4, 8, 16, 32)
@@ -605,6 +624,13 @@ def show(report: dict, first: int):
             text = split["per_sample"]["text tokens"]["most"]
             print(f"    --max_video_tokens {long['limit'] - text:,} lets all fit" if long["limit"] > text else
                   f"    --max_video_tokens cannot help: there are texts of {text:,} tokens")  # fmt: skip
+        if (over := split["over_positions"])["count"]:
+            line(
+                "positions",
+                f"{over['count']:,} samples end above {over['limit'] - 1:,}, the last position that the "
+                "model was made for (max_position_embeddings): take shorter parts of their videos, or split them",
+            )
+            listing(over, lambda item: f"{item['id']}: {item['position']:,}")
         budget = split["video_tokens"]
         if budget["limit"]:
             line("budget", f"--max_video_tokens {budget['limit']:,} shrinks {budget['shrunk']:,} samples: "
@@ -629,6 +655,8 @@ def show(report: dict, first: int):
     cache = report["cache"]
     room = "" if cache["room_gb"] is None else f"; there is room for {cache['room_gb']:.1f} GB in {cache['folder']}"
     line("cache", f"{cache['gb']:.3f} GB for all decoded frames at these settings{room}")
+    if cache["other_versions"]:
+        line("", cache["other_versions"])
 
     if memory := report.get("memory"):
         launch, row, table = memory["launch"], memory["largest_row"], memory["table"]
@@ -658,9 +686,10 @@ def main():
     if not Path(own.report).absolute().parent.is_dir():
         raise mv.InputError(f"--report {own.report}: no such folder")
     launch = read_launcher(own.config_file, own.num_processes)
-    factor = mv.Encoder(args.model_id, args).factor  # says what is wrong with --model_id before workers start
+    encoder = mv.Encoder(args.model_id, args)  # says what is wrong with --model_id before workers start
+    factor = encoder.factor
     workers = own.num_workers or len(os.sched_getaffinity(0))
-    found, timeout = Findings(), args.decode_timeout
+    found, timeout = Findings(encoder), args.decode_timeout
     sources = {"train": (args.data_path, args.image_folder)}
     if args.eval_path:
         sources["eval"] = (args.eval_path, args.eval_image_folder)

@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ class PredictArguments(AnswerArguments):
     output_path: str | None = mv.arg(None, "Answers, one JSON per line (default: in --model_id, predictions.jsonl).")
     batch_size: int = mv.arg(8, "Records answered together, per process.")
     limit: int | None = mv.arg(None, "Answer the first so many records only.")
+    overwrite: bool = mv.arg(False, "Delete the answers that --output_path has already, whatever made them.")
     default_prompt: str | None = mv.arg(None, "Classifiers: prompt of records without one.")
     blank_each: bool = mv.arg(False, "Blank one video after the other and see how the reference's probability falls.")
 
@@ -102,18 +104,16 @@ def inherited_flags(argv: list[str]) -> list[str]:
     words = [word.split("=", 1)[-1] if "=" in word else following for word, following in zip(argv, [*argv[1:], ""])
              if re.match(r"--model[_-]id(=|$)", word)]  # fmt: skip
     folder = Path(words[-1]) if words else None
-    found = [path / "arguments.json" for path in (folder, folder.parent) if (path / "arguments.json").is_file()] if (
-        folder and folder.is_dir()) else []  # fmt: skip
-    if not found:
+    run, flags = mv.run_arguments(folder) if folder and folder.is_dir() else None, []
+    if run is None:
         return []
-    run, flags = json.loads(found[0].read_text()), []
     if {"fps", "nframes"} & given:  # either of them replaces both
         given |= {"fps", "nframes"}
     for name in INHERITED:
         default = mv.TrainingArguments.__dataclass_fields__[name].default
         if name not in given and name in run and run[name] not in (None, default):
             flags += [f"--{name}={run[name]}"]
-    print(f"from {found[0]}: {' '.join(flags) or 'nothing but defaults'}", file=sys.stderr)
+    print(f"settings of the run that trained {folder}: {' '.join(flags) or 'the defaults'}", file=sys.stderr)
     return flags
 
 
@@ -166,17 +166,36 @@ def classifier_config(args: AnswerArguments):
     return config if (adapter or named) and config.model_type in train_cls.CLASSIFIERS else None
 
 
+def base_model(args: AnswerArguments) -> str | None:
+    """The base model of the adapter in --model_id; None if that is a model itself.
+
+    Raises:
+        InputError: it is a folder that does not exist any more.
+    """
+    adapter = Path(args.model_id) / "adapter_config.json"
+    if not adapter.is_file():
+        return None
+    base = args.base_model_id or json.loads(adapter.read_text())["base_model_name_or_path"]
+    if os.path.isabs(base) and not Path(base).is_dir():
+        raise mv.InputError(f"the adapter's base model {base} is gone: say where with --base_model_id")
+    return base
+
+
+def weights_of(args: AnswerArguments) -> dict[str, list[str]]:
+    """What the weights of --model_id are now, and those of an adapter's base: see mv.weights_identity."""
+    folders = [folder for folder in (args.model_id, base_model(args)) if folder]
+    return {folder: mv.weights_identity(folder, args.cache_dir) for folder in folders}
+
+
 def load_model(args: AnswerArguments, device, config=None):
     """The model of --model_id, with its adapter if it is one; sets --model_id to the base model then.
 
     `config` is that of a classifier, None for a language model.
     """
-    adapter = Path(args.model_id) / "adapter_config.json"
-    folder = args.model_id if adapter.is_file() else None
-    if folder:
-        args.model_id = args.base_model_id or json.loads(adapter.read_text())["base_model_name_or_path"]
-        if os.path.isabs(args.model_id) and not Path(args.model_id).is_dir():
-            raise mv.InputError(f"the adapter's base model {args.model_id} is gone: say where with --base_model_id")
+    mv.warn_of_old_positions("model_id", args.model_id)
+    base = base_model(args)
+    folder = args.model_id if base else None
+    args.model_id = base or args.model_id
     low = torch.bfloat16 if args.pure_bf16 else mv.autocast_dtype(args)
     quantization = mv.quantization(args, low, device) if folder else {}
     model_class = train_cls.CLASSIFIERS[config.model_type] if config else AutoModelForImageTextToText
@@ -353,6 +372,12 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def files_crc32(record: dict, args) -> int:
+    """Checksum of what a record's videos and images are now: paths, sizes and times of change."""
+    paths = [os.path.join(args.image_folder, path) for path in mv.record_files(record)]
+    return zlib.crc32(json.dumps([(path, mv._file_state(path)) for path in paths]).encode())
+
+
 def main():
     argv = sys.argv[1:]
     args = mv.parse_arguments(PredictArguments, inherited_flags(argv) + argv, UNCHECKED)
@@ -381,33 +406,44 @@ def main():
     names = [*INHERITED, "model_id", "base_model_id", "image_folder", "max_new_tokens", "seed", "temperature", "top_k",
              "top_p", "min_p", "repetition_penalty", "blank_each"]  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
-    settings["records"] = records._fingerprint
-    model = load_model(args, accelerator.device, config)
-    encoder = mv.Encoder(args.model_id, args)
+    settings |= {"records and the code that reads them": records._fingerprint, "position_rule": mv.POSITION_RULE,
+                 "weights": weights_of(args)}  # fmt: skip
 
     # ---- what has been answered already
     settings_path = output.with_name(f"{output.stem}_settings.json")
     parts = sorted(output.parent.glob(f"{output.name}.part-*"))  # of several processes
+    if args.overwrite:
+        if accelerator.is_main_process:
+            for path in (settings_path, output, *parts):
+                path.unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
+        parts = []
     if settings_path.is_file() and (output.is_file() or parts):
         before = json.loads(settings_path.read_text())
         if changed := [f"{key}: {before.get(key)} then, {value} now" for key, value in settings.items()
                        if before.get(key) != value]:  # fmt: skip
             raise mv.InputError(f"{output} has answers of other settings:\n  • " + "\n  • ".join(changed)
-                                + "\nName another --output_path, or delete it")  # fmt: skip
+                                + "\nName another --output_path, or give --overwrite True")  # fmt: skip
     elif output.is_file():
         raise mv.InputError(f"{output} exists and is not of this tool: name another --output_path")
     with accelerator.main_process_first():  # it cuts off what a kill has torn
-        done = {row["index"] for path in (output, *parts) for row in read_lines(path)}
+        rows = [row for path in (output, *parts) for row in read_lines(path)]
+        done = {row["index"] for row in rows if row["files_crc32"] == files_crc32(records[row["index"]], args)}
         if accelerator.is_main_process:
             mv.write_json(settings_path, settings)
     accelerator.wait_for_everyone()  # all know the same answers before any writes another
     total = min(len(records), args.limit or len(records))
     todo = [i for i in range(total) if i not in done]
+    changed = len({row["index"] for row in rows} & set(todo))
+    again = f", {changed} of them again: their videos or images have changed" if changed else ""
+    mv.say(f"{total - len(todo)} reused, {len(todo)} new{again}: {output}")
     mine = todo[rank::world_size]
     own_path = output if world_size == 1 else output.with_name(f"{output.name}.part-{rank}")
     own_path.touch()
 
     # ---- answer
+    model = load_model(args, accelerator.device, config)
+    encoder = mv.Encoder(args.model_id, args)
     engine = mv.Engine(accelerator, model, args, frozen=True)
     stream = mv.SampleStream(encoder, args)
     batches = [mine[k : k + args.batch_size] for k in range(0, len(mine), args.batch_size)]
@@ -418,7 +454,7 @@ def main():
         kept = [(sample, i) for sample, i in zip(samples, indices) if "input_ids" in sample]
         told = dict(zip((i for _, i in kept), tell(engine, *map(list, zip(*kept)), encoder, args))) if kept else {}
         for sample, i in zip(samples, indices):
-            row = {"index": i, "id": sample["id"]}
+            row = {"index": i, "id": sample["id"], "files_crc32": files_crc32(records[i], args)}
             if config:
                 truth = records[i]["label"] or records[i]["target"]
                 row["label"] = (
