@@ -5,12 +5,14 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import socket
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,6 +212,20 @@ def test_errors_are_told_on_the_page(user, media, page):
     html = user.look(["a.mp4", "b.mp4"], (2, 16, 448, 448, 0, 0))
     assert "tokens are more than 2,000" in html and html.count("<b>2,048 tokens</b>") == 2 and not pictures(html)
     assert user.ask(["a.mp4"], "What else?") and len(user.chat) == 4
+
+
+def test_new_weights_under_the_same_path(user, page):
+    """The page does not answer for weights that are not those it shows: both are named."""
+    (file,) = Path(page.model_folder).glob("*.safetensors")
+    before, status = mv.weights_identity(page.model_folder), file.stat()
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    try:
+        user.ask(["a.mp4"], "What?")
+        assert "have changed since this page loaded them" in user.told and before[0] in user.told
+        assert mv.weights_identity(page.model_folder)[0] in user.told and "Start the page again" in user.told
+    finally:
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert user.ask(["a.mp4"], "What?")
 
 
 def test_one_user_cannot_see_what_is_anothers(user, page, media):

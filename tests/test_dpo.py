@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -19,6 +20,7 @@ from datasets import Dataset
 from make_demo import ANSWER, COLOURS, QUESTION, make_pairs
 from PIL import Image
 from reference import hf_inputs, hf_loss, write_clip
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_packing import close_gradients
 from test_train import ROOT, launch, metrics
@@ -662,6 +664,27 @@ def test_another_setting_is_another_file(precomputing, tmp_path, capsys):
     run(*flags, "--output_dir", tmp_path / "c")
     assert f"{second} is damaged" in capsys.readouterr().err
     assert metrics(tmp_path / "a") == metrics(tmp_path / "c")
+
+
+def test_numbers_of_other_weights_are_not_reused(precomputing, tiny_model, tmp_path, capsys):
+    """The reference's numbers are found again for the same weights only, and a run says which it uses."""
+    flags, folder = precomputing
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    run(*flags, "--model_id", model, "--output_dir", tmp_path / "a")
+    run(*flags, "--model_id", model, "--output_dir", tmp_path / "b")
+    said = capsys.readouterr().err
+    assert re.search(r"log-probabilities: 0 pairs reused, \d+ to compute for", said)
+    assert re.search(r"log-probabilities: \d+ pairs reused from .*, 0 to compute", said)
+    os.utime(model / "model.safetensors")
+    run(*flags, "--model_id", model, "--output_dir", tmp_path / "c")
+    said = capsys.readouterr().err
+    assert re.search(r"is not for this run; these differ:\n  • weights: .* there, .* here\n", said)
+    assert (
+        re.search(r"log-probabilities: 0 pairs reused, \d+ to compute for", said) and len(list(folder.iterdir())) == 4
+    )
+    with safe_open(next(folder.iterdir()), "pt") as opened:
+        assert json.loads(opened.metadata()["settings"])["position rule"] == mv.POSITION_RULE
 
 
 def test_a_replaced_video_is_noticed(precomputing, clips, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,55 @@ def test_continues_after_a_kill(data, model, predicted, tmp_path, monkeypatch):
     (tmp_path / "notes.jsonl").write_text("mine\n")
     with pytest.raises(mv.InputError, match=r"notes\.jsonl exists and is not of this tool"):
         run(monkeypatch, *flags, "--output_path", tmp_path / "notes.jsonl")
+
+
+def test_answers_of_other_weights_are_not_reused(data, tmp_path, monkeypatch, capsys):
+    """New weights under the same path are refused with both, or overwritten; a replaced video is asked again."""
+    for name in ("0.mp4", "1.mp4", "2.mp4"):
+        shutil.copy(data / name, tmp_path / name)
+    records = [{"id": name, "video": name, "conversations": [{"from": "human", "value": "<video>\nWhat?"}]}
+               for name in ("0.mp4", "1.mp4", "2.mp4")]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    model, output = tmp_path / "model", tmp_path / "model" / "predictions.jsonl"
+    save_tiny_model(model, initializer_range=0.1, seed=0)
+    flags = ["--model_id", model, "--data_path", tmp_path / "data.json", *SIZES, "--max_new_tokens", 8]
+    run(monkeypatch, *flags)
+    first = lines(output)
+    assert "0 reused, 3 new: " in capsys.readouterr().err
+    run(monkeypatch, *flags)
+    assert "3 reused, 0 new: " in capsys.readouterr().err and lines(output) == first
+    shutil.copy(tmp_path / "2.mp4", tmp_path / "1.mp4")
+    run(monkeypatch, *flags)
+    second = lines(output)
+    assert "2 reused, 1 new, 1 of them again: their videos or images have changed: " in capsys.readouterr().err
+    assert [first[i] == second[i] for i in range(3)] == [True, False, True]
+    assert second[1]["prediction"] == second[2]["prediction"] != first[1]["prediction"]
+    before = mv.weights_identity(str(model))
+    save_tiny_model(model, initializer_range=0.1, seed=1)
+    (now,) = mv.weights_identity(str(model))
+    with pytest.raises(mv.InputError) as caught:
+        run(monkeypatch, *flags)
+    assert before[0] != now and before[0] in str(caught.value) and now in str(caught.value)
+    assert "--overwrite True" in str(caught.value) and lines(output) == second
+    run(monkeypatch, *flags, "--overwrite", True)
+    assert "0 reused, 3 new: " in capsys.readouterr().err
+    assert all(new["prediction"] != old["prediction"] for new, old in zip(lines(output), second))
+
+
+def test_models_of_another_position_rule(data, model, tmp_path, monkeypatch, capsys):
+    """A model that a run trained before it recorded its rule is warned of, once; others are not."""
+    flags = ["--data_path", data / "data.json", *SIZES, "--max_new_tokens", 2, "--limit", 2]
+    warning = "was trained with other positions (text goes on at a clip's start + max(h, w), as in transformers 5.3)"
+    for name, rule in (("old", {}), ("new", {"position_rule": mv.POSITION_RULE})):
+        shutil.copytree(model, tmp_path / name)
+        mv.write_json(tmp_path / name / "arguments.json", {"learning_rate": 1e-5, **rule})
+        run(monkeypatch, "--model_id", tmp_path / name, *flags)
+        assert capsys.readouterr().err.count(f"warning: --model_id {tmp_path / name} {warning}") == (name == "old")
+        args = mv.TrainingArguments(model_id=model, lora_weight_path=str(tmp_path / name))
+        mv.warn_of_old_positions("lora_weight_path", args.lora_weight_path)
+        assert (f"--lora_weight_path {tmp_path / name} {warning}" in capsys.readouterr().err) == (name == "old")
+    run(monkeypatch, "--model_id", model, *flags, "--output_path", tmp_path / "base.jsonl")
+    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,9 +1,12 @@
 """Records: every accepted format gives one exact normal form, and every wrong one is named with its mend."""
 
 import copy
+import hashlib
+import importlib
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import datasets
@@ -387,6 +390,51 @@ def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(tmp_path, monk
         datasets.Dataset.from_list([llava("Why?", answer)]).to_parquet(table)
         assert [row["messages"][1]["content"][0]["text"] for row in load(table)] == [answer]
         assert len(reads) == number
+
+
+def test_rows_of_other_code_are_not_reused(tmp_path, monkeypatch):
+    """Every project file that can change a row is part of the key: the normalizer's, what it imports, and on."""
+    files = {
+        "mine.py": "import multivideo as mv\nfrom answers import answer\n\ndef normalize(record, where):\n"
+                   "    from words.text import tidy\n    record['conversations'][1]['value'] = tidy(answer())\n"
+                   "    return mv.normalize_conversation(record, where)\n",
+        "answers.py": "def answer():\n    return 'One'\n",
+        "words/__init__.py": "",
+        "words/text.py": "from . import ends\nfrom .more import ends as more\n\ndef tidy(text):\n"
+                         "    return text + ends.END\n",
+        "words/ends.py": "END = '.'\n",
+        "words/more/__init__.py": "",
+        "words/more/ends.py": "END = '?'\n",
+        "beside.py": "nobody_imports = 'this'\n",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reads = []
+    read_records = mv.read_records
+    monkeypatch.setattr(mv, "read_records", lambda source: reads.append(source) or read_records(source))
+    path = write(tmp_path / "data.json", [llava("Why?", "x")])
+
+    def answer():
+        for name in ("mine", "answers", "words", "words.text", "words.ends", "words.more", "words.more.ends"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        (row,) = mv.load_records(path, importlib.import_module("mine").normalize)
+        return row["messages"][1]["content"][0]["text"]
+
+    assert [answer(), answer(), len(reads)] == ["One.", "One.", 1]
+    (tmp_path / "answers.py").write_text(files["answers.py"].replace("One", "Another"))
+    assert [answer(), len(reads)] == ["Another.", 2]
+    (tmp_path / "words/ends.py").write_text("END = '!!'\n")
+    assert [answer(), len(reads)] == ["Another!!", 3]
+    for count, name in enumerate(("mine.py", "words/__init__.py", "words/more/ends.py"), 4):
+        (tmp_path / name).write_text(files[name] + "# edited\n")
+        assert [answer(), len(reads)] == ["Another!!", count], name
+    (tmp_path / "beside.py").write_text("")
+    assert [answer(), len(reads)] == ["Another!!", 6]
+    digests = dict(mv.project_sources(mv.__file__, str(tmp_path / "mine.py")))
+    assert digests["multivideo.py"] == hashlib.sha256(Path(mv.__file__).read_bytes()).hexdigest()
 
 
 def test_a_hub_dataset_is_read_again_when_its_fingerprint_changes(monkeypatch):

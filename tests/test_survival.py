@@ -262,9 +262,21 @@ def restored(folder, change=None, state=None, **engine):
     return mv.restore_checkpoint(folder, SimpleNamespace(accelerator=accelerator, **values), fresh)
 
 
+def rewritten(checkpoint, state, folder):
+    """A copy of a checkpoint in `folder` with another trainer_state.json."""
+    copied = folder / checkpoint.name
+    shutil.copytree(checkpoint, copied, dirs_exist_ok=True)
+    mv.write_json(copied / "trainer_state.json", state)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    mv.write_json(
+        copied / "manifest.json", manifest | {"trainer_state.json": (copied / "trainer_state.json").stat().st_size}
+    )
+    return copied
+
+
 DIFFERENT = {
     "model": "another/model", "model config (SHA-256)": "0", "data file (SHA-256)": "1", "records": 10,
-    "samples per step": 3, "seed": 1, "optimizer": "sgd", "precision": "bf16",
+    "samples per step": 3, "seed": 1, "optimizer": "sgd", "precision": "bf16", "position rule": "another",
 }  # fmt: skip
 OF_A_TRAINER = {
     "train_dpo.py": {"reference": "another/model"},
@@ -280,11 +292,11 @@ def test_another_run_is_refused_with_each_difference(unbroken, script):
     different = DIFFERENT | OF_A_TRAINER.get(script, {})
     assert run.keys() == different.keys()
     for name, value in different.items():
-        with pytest.raises(mv.InputError, match=re.escape(f"• {name}: {run[name]} then, {value} now\nGive the same")):
+        with pytest.raises(mv.InputError, match=re.escape(f"• {name}: {run[name]} then, {value} now")):
             restored(folder, {name: value})
     with pytest.raises(mv.InputError) as caught:
         restored(folder, different)
-    assert str(caught.value).count("•") == len(different)
+    assert str(caught.value).count("•") == len(different) and "\nGive the same values, or start" in str(caught.value)
     forced = mv.TrainingArguments(resume_force=True)
     with pytest.raises(mv.InputError, match=r"optimizer: adamw_torch then, sgd now\n"):
         restored(folder, {"optimizer": "sgd"}, args=forced)
@@ -298,10 +310,19 @@ def test_forced_and_more(runner, flags, unbroken, tmp_path):
     script = "train_sft.py"
     straight, _ = unbroken(script)
     shutil.copytree(straight / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
+    state = json.loads((straight / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["run"].pop("position rule") == mv.POSITION_RULE  # as before runs recorded it
+    old = rewritten(straight / "checkpoint-6", state, tmp_path / "old")
+    with pytest.raises(mv.InputError) as caught:
+        restored(old, {"position rule": mv.POSITION_RULE})
+    assert f"• position rule: {mv.OLD_POSITION_RULE} then, {mv.POSITION_RULE} now (Qwen's own): its" in str(
+        caught.value
+    )
+    rewritten(straight / "checkpoint-6", state, tmp_path / "out")
     forced = [*flags[script], *RESUME, "--seed", 7, "--bf16", "True", "--resume_force", "True"]
     run = runner.run(script, forced, tmp_path / "out")
     assert run.codes == [0], run.said[0][-2000:]
-    assert re.search(r"--resume_force goes on although these differ:\n  • seed: 42 then, 7 now\n"
+    assert re.search(r"--resume_force goes on although these differ:\n  • seed: 42 then, 7 now\n  • position rule:.*\n"
                      r"  • precision: fp32 then, bf16 now", run.said[0])  # fmt: skip
     folder = straight / "checkpoint-6"
     with pytest.raises(mv.InputError, match="trainer_state.json has no another: another version wrote it"):
