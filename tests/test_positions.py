@@ -1,14 +1,19 @@
 """Positions by the rule that the models were trained with, held against transformers 4.51.3 and counted by hand."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from test_grpo import OneProcess, arguments, prompts, reference_inputs  # noqa: F401
+from test_packing import clips  # noqa: F401
+from transformers import AutoModelForImageTextToText
 
 import multivideo as mv
+import train_grpo
 
 CASES = json.loads((Path(__file__).parent / "positions_4_51.json").read_text())  # see make_positions.py
 IMAGE, VIDEO = 5, 6
@@ -84,3 +89,30 @@ def test_answers_behind_a_prompt_go_on_as_in_one_conversation():
         both = mv.add_suffixes(sample, [([9] * 5, [9] * 5)] * 2)["position_ids"]
         assert both[:, : length + 5].tolist() == whole.tolist()
         assert both[:, length + 5 :].tolist() == whole[:, length:].tolist()
+
+
+def test_documented_lines(tiny_model, prompts, clips):  # noqa: F811
+    """The lines of README.md and docs/positions.md make plain `generate` answer as ours does; without them it differs."""
+    blocks = [block for page in ("README.md", "docs/positions.md")
+              for block in re.findall(r"```python\n(.*?)```", (mv.Path(mv.__file__).parent / page).read_text(), re.S)
+              if "qwen_position_ids" in block]  # fmt: skip
+    assert len(blocks) == 2
+    args = arguments(tiny_model, max_completion_length=8)
+    encoder = mv.Encoder(tiny_model, args)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model)
+    model.generation_config.suppress_tokens = [
+        *encoder.vision_ids, *range(len(encoder.tokenizer), model.config.text_config.vocab_size)]  # fmt: skip
+    ours = mv.load_model(args, "cpu")
+    ((expected,),), _ = train_grpo.generate(OneProcess(ours), [encoder(prompts[2], clips)], encoder, args)
+    for block in blocks:
+        inputs, length = reference_inputs(tiny_model, prompts[2], clips, [])
+        del inputs["position_ids"]
+        names = {"inputs": inputs, "model": model}
+        exec(block, names)
+        assert names["output"][0, length:].tolist()[: len(expected)] == expected
+    del inputs["position_ids"]
+    model.model.rope_deltas = None
+    with torch.no_grad():
+        plain = model(**inputs).logits[0, -1]
+        handed = model(**inputs, position_ids=mv.qwen_position_ids(inputs, model.config)).logits[0, -1]
+    assert (plain - handed).abs().max() > 1e-3
