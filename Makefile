@@ -1,57 +1,52 @@
 # make demo: see it work.  make test: what CI runs.  Each target makes .venv and installs what it needs when missing.
+# Interrupted, a demo resumes with the same command. FLAGS="--num_train_epochs 4" are handed to its trainer.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tiny models: a second thread costs more than it brings.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo demo-dpo demo-cls demo-grpo test soak lint setup clean
 
-demo: .venv/run.done
-	$(BIN)/python tools/make_demo.py --output_dir demo
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_sft.py \
-	    --model_id demo/model --data_path demo/sft_train.json --eval_path demo/sft_eval.json --image_folder demo/videos \
-	    --video_resized_width 64 --video_resized_height 64 --nframes 4 --num_train_epochs 2 \
-	    --per_device_train_batch_size 8 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 \
-	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/out
-	$(BIN)/python tools/show_demo.py demo
+LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+DEMO := --image_folder demo/videos --video_resized_width 64 --video_resized_height 64 --nframes 4 \
+    --num_train_epochs 2 --per_device_train_batch_size 8 --dataloader_num_workers 2 --save_strategy no \
+    --resume_from_checkpoint auto
+FAST := --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.05
 
-demo-dpo: .venv/run.done
-	$(BIN)/python tools/make_demo.py --output_dir demo
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_dpo.py \
-	    --model_id demo/model --data_path demo/dpo_train.json --eval_path demo/dpo_eval.json --image_folder demo/videos \
-	    --video_resized_width 64 --video_resized_height 64 --nframes 4 --num_train_epochs 2 \
-	    --per_device_train_batch_size 8 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 \
-	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/out_dpo
-	$(BIN)/python tools/show_demo.py demo --pairs
+demo: demo/demo.json
+	$(LAUNCH) train_sft.py --model_id demo/model --data_path demo/sft_train.json --eval_path demo/sft_eval.json \
+	    $(DEMO) $(FAST) --output_dir demo/out $(FLAGS)
+	$(BIN)/python tools/show_demo.py demo --objective sft
 
-demo-cls: .venv/run.done
-	$(BIN)/python tools/make_demo.py --output_dir demo
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_cls.py \
-	    --model_id demo/model --data_path demo/cls_train.json --eval_path demo/cls_eval.json --image_folder demo/videos \
-	    --video_resized_width 64 --video_resized_height 64 --nframes 4 --num_train_epochs 2 \
-	    --per_device_train_batch_size 8 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 \
-	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/out_cls
-	$(BIN)/python tools/plot_metrics.py demo/out_cls
+demo-dpo: demo/demo.json
+	$(LAUNCH) train_dpo.py --model_id demo/model --data_path demo/dpo_train.json --eval_path demo/dpo_eval.json \
+	    $(DEMO) $(FAST) --output_dir demo/out_dpo $(FLAGS)
+	$(BIN)/python tools/show_demo.py demo --objective dpo
 
-demo-grpo: .venv/run.done
-	$(BIN)/python tools/make_demo.py --output_dir demo
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_sft.py \
-	    --model_id demo/model --data_path demo/sft_train.json --image_folder demo/videos \
-	    --video_resized_width 64 --video_resized_height 64 --nframes 4 --max_steps 40 \
-	    --per_device_train_batch_size 8 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_ratio 0.05 \
-	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/half
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_grpo.py \
-	    --model_id demo/half --data_path demo/sft_train.json --eval_path demo/sft_eval.json --image_folder demo/videos \
-	    --video_resized_width 64 --video_resized_height 64 --nframes 4 --max_steps 96 \
-	    --reward_funcs accuracy --num_generations 8 --max_completion_length 12 --temperature 1 --top_k 0 --beta 0.1 \
-	    --per_device_train_batch_size 8 --per_device_eval_batch_size 20 --learning_rate 5e-4 \
+demo-cls: demo/demo.json
+	$(LAUNCH) train_cls.py --model_id demo/model --data_path demo/cls_train.json --eval_path demo/cls_eval.json \
+	    $(DEMO) $(FAST) --output_dir demo/out_cls $(FLAGS)
+	$(BIN)/python tools/show_demo.py demo --objective cls
+
+demo-grpo: demo/demo.json  # from a model that is right half of the time
+	$(LAUNCH) train_sft.py --model_id demo/model --data_path demo/sft_train.json $(DEMO) $(FAST) --max_steps 40 \
+	    --output_dir demo/half
+	$(LAUNCH) train_grpo.py --model_id demo/half --data_path demo/sft_train.json --eval_path demo/sft_eval.json \
+	    $(DEMO) --max_steps 96 --reward_funcs accuracy --num_generations 8 --max_completion_length 12 \
+	    --temperature 1 --top_k 0 --beta 0.1 --per_device_eval_batch_size 20 --learning_rate 5e-4 \
 	    --lr_scheduler_type constant_with_warmup --warmup_steps 3 --eval_strategy steps --eval_steps 24 \
-	    --dataloader_num_workers 2 --save_strategy no --output_dir demo/out_grpo
-	$(BIN)/python tools/show_demo.py demo --before half --after out_grpo
+	    --output_dir demo/out_grpo $(FLAGS)
+	$(BIN)/python tools/show_demo.py demo --objective grpo
+
+.PHONY: demo/demo.json  # the script itself knows whether what is there is complete
+demo/demo.json: .venv/run.done
+	$(BIN)/python tools/make_demo.py --output_dir demo
 
 test: .venv/dev.done lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/dev.done
-	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+	$(BIN)/python tests/soak.py
 
 lint: .venv/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

@@ -2416,6 +2416,9 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     Precision and accumulation are the script's, not the launcher's; what DeepSpeed must know of them it is told here.
     """
     no_cuda, use_deepspeed = not torch.cuda.is_available(), launched_with("deepspeed")
+    if no_cuda:  # more threads than cores that the decoding processes leave wait for each other
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - args.dataloader_num_workers)))
     if use_deepspeed:
         remove_dead_locks()
     accelerator = Accelerator(
@@ -3265,6 +3268,7 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
             raise InputError(f"{folder}: its optimizer state and this run's parameters differ in {len(wrong)}, first "
                              f"{sorted(wrong)[0]}: give the same freezing flags")  # fmt: skip
         engine.load_optimizer_state(optimizer_state)
+    say(f"resumed from {folder.name}: step {saved['step']}, {saved['samples_seen']} samples seen")
     own = folder / f"random_states_{engine.accelerator.process_index}.safetensors"
     if not own.is_file() and engine.accelerator.process_index < saved["num_processes"]:
         raise InputError(f"{folder}: {own.name} is missing: the run cannot go on as it would have")

@@ -42,19 +42,18 @@ def test_positions_equal_transformers_4_51():
 def test_a_long_clip_pushes_the_text_behind_it():
     """10 s at 64 px and fps 0.25: 4 frames, 2 × 2 × 2 tokens; the second patch is at 2.5 × 2 × 2 = 10 positions."""
     ids = [9, 7, *[VIDEO] * 8, 8, 9]
-    clips = {VIDEO: iter([((2, 4, 4), 5.0)])}
-    positions = mv.qwen_positions(ids, clips, config_of("qwen2_5_vl", 2))
+    positions = mv.qwen_positions(ids, {VIDEO: iter([((2, 4, 4), 5.0)])}, config_of("qwen2_5_vl", 2))
     assert positions[1].tolist() == [0, 1, 2, 2, 2, 2, 12, 12, 12, 12, 13, 14]
     assert positions[2].tolist() == [0, 1, 2, 2, 3, 3, 2, 2, 3, 3, 13, 14]
     assert positions[3].tolist() == [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 13, 14]
-    clips = {VIDEO: iter([((2, 4, 4), 5.0)])}
-    assert mv.qwen_positions(ids, clips, config_of("qwen2_vl"))[1].tolist()[-2:] == [4, 5]
+    positions = mv.qwen_positions(ids, {VIDEO: iter([((2, 4, 4), 5.0)])}, config_of("qwen2_vl"))
+    assert positions[1].tolist()[-2:] == [4, 5]
 
 
 def test_clips_side_by_side_and_at_the_ends():
     """No token has to stand between two clips, before the first or after the last."""
-    clips = {VIDEO: iter([((1, 2, 4), 1.0), ((2, 2, 2), 1.0)]), IMAGE: iter([((1, 4, 2), 1.0)])}
-    positions = mv.qwen_positions([VIDEO] * 4 + [IMAGE] * 2, clips, config_of("qwen2_vl"))
+    grids = {VIDEO: iter([((1, 2, 4), 1.0), ((2, 2, 2), 1.0)]), IMAGE: iter([((1, 4, 2), 1.0)])}
+    positions = mv.qwen_positions([VIDEO] * 4 + [IMAGE] * 2, grids, config_of("qwen2_vl"))
     assert positions[1:].tolist() == [[0, 0, 2, 3, 4, 4], [0, 0, 2, 2, 4, 5], [0, 1, 2, 2, 4, 4]]
     assert mv.qwen_positions([9, 9], {}, config_of("qwen2_vl")).tolist() == [[0, 1]] * 4
 
@@ -82,17 +81,18 @@ def test_answers_behind_a_prompt_go_on_as_in_one_conversation():
     for case in CASES[::7]:
         config, length = config_of(case["kind"]), len(case["ids"])
         grids = [(grid, second) for grid, second in zip(case["videos"], case["seconds"])]
-        clips = lambda: {IMAGE: iter([(grid, 1.0) for grid in case["images"]]), VIDEO: iter(grids)}  # noqa: B023
-        whole = mv.qwen_positions([*case["ids"], *[9] * 5], clips(), config)
+        stills = [(grid, 1.0) for grid in case["images"]]
+        whole = mv.qwen_positions([*case["ids"], *[9] * 5], {IMAGE: iter(stills), VIDEO: iter(grids)}, config)
+        prompt = mv.qwen_positions(case["ids"], {IMAGE: iter(stills), VIDEO: iter(grids)}, config)
         sample = {"input_ids": np.array(case["ids"]), "labels": np.full(length, -100), "lengths": np.array([length]),
-                  "position_ids": mv.qwen_positions(case["ids"], clips(), config)}  # fmt: skip
+                  "position_ids": prompt}  # fmt: skip
         both = mv.add_suffixes(sample, [([9] * 5, [9] * 5)] * 2)["position_ids"]
         assert both[:, : length + 5].tolist() == whole.tolist()
         assert both[:, length + 5 :].tolist() == whole[:, length:].tolist()
 
 
 def test_documented_lines(tiny_model, prompts, clips):  # noqa: F811
-    """The lines of README.md and docs/positions.md make plain `generate` answer as ours does; without them it differs."""
+    """The lines of README.md and docs/positions.md make plain `generate` answer as ours does; without it differs."""
     blocks = [block for page in ("README.md", "docs/positions.md")
               for block in re.findall(r"```python\n(.*?)```", (mv.Path(mv.__file__).parent / page).read_text(), re.S)
               if "qwen_position_ids" in block]  # fmt: skip

@@ -1,13 +1,11 @@
-"""Answer the demo's held-out questions before and after training, with nothing but plain transformers.
+"""Show what a demo's training has done to its held-out records, and what comes next.
 
-    python tools/show_demo.py demo
-    python tools/show_demo.py demo --before half --after out_grpo
-    python tools/show_demo.py demo --pairs
+    python tools/show_demo.py demo --objective sft
 
-The first loads demo/model and demo/out with `from_pretrained`, answers every record of demo/sft_eval.json greedily,
-prints both accuracies and some answers, and draws demo/loss.png from demo/out/metrics.jsonl. The second does the
-same with demo/half and demo/out_grpo and draws the reward. The third says how often demo/model and demo/out_dpo find
-the right answer of a pair of demo/dpo_eval.json likelier than the wrong one.
+sft: demo/model and demo/out are loaded with plain transformers and answer every record of demo/sft_eval.json greedily;
+both accuracies and some answers are printed, and demo/loss.png is drawn from demo/out/metrics.jsonl. grpo: the same
+with demo/half and demo/out_grpo, and the reward. dpo: how often demo/model and demo/out_dpo find the right answer of
+a pair of demo/dpo_eval.json likelier than the wrong one. cls: the last evaluation and predictions of demo/out_cls.
 """
 
 import argparse
@@ -110,6 +108,20 @@ def draw_curve(metrics_path: Path, folder: Path) -> Path:
     return folder / f"{name}.png"
 
 
+def show_answers(demo: Path, before: str, after: str):
+    """Print accuracies and some answers of two models, and draw the curve of the second one's training."""
+    args, folder = settings_of(demo / after)
+    rows = list(mv.load_records(str(demo / "sft_eval.json")))
+    truth = [text(row["messages"][-1]) for row in rows]
+    answers = {name: answer(str(demo / name), rows, folder, args) for name in (before, after)}
+    score = {name: sum(a == t for a, t in zip(answers[name], truth)) / len(rows) for name in answers}
+    print(f"\n{len(rows)} held-out records, 30 videos each. Question: {text(rows[0]['messages'][0])}")
+    for row, said, right in list(zip(rows, answers[after], truth))[:4]:
+        print(f"  {row['id']:>10}  model: {said!r:40} truth: {right!r}")
+    print(f"\nright before training: {score[before]:.0%}    right after: {score[after]:.0%}    (guessing: 17 %)\n")
+    print(f"  {draw_curve(demo / after / 'metrics.jsonl', demo)}   its curve")
+
+
 def show_pairs(demo: Path):
     """Print how often the right answer is the likelier one, before and after train_dpo.py."""
     from train_dpo import FEATURES, normalize_record
@@ -123,11 +135,24 @@ def show_pairs(demo: Path):
     for row, difference in list(zip(rows, found["out_dpo"]))[:4]:
         chosen, rejected = (text(completion[0]) for completion in row["completions"])
         print(f"  {row['id']:>10}  {chosen!r} over {rejected!r} by {difference:+.2f} nats")
-    print(f"""
-right one likelier before training: {score["model"]:.0%}    after: {score["out_dpo"]:.0%}    (guessing: 50 %)
+    print(
+        f"\nright one likelier before training: {score['model']:.0%}    after: {score['out_dpo']:.0%}    "
+        "(guessing: 50 %)\n"
+    )
 
-  {demo}/out_dpo       the trained model: AutoModelForImageTextToText.from_pretrained("{demo}/out_dpo")
-  {demo}/out_dpo/metrics.jsonl   one line per optimizer step, with rewards and log-probabilities""")
+
+def show_classes(demo: Path):
+    """Print the metrics of the last evaluation of train_cls.py and some of its predictions."""
+    rows = [json.loads(line) for line in (demo / "out_cls" / "predictions.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (demo / "out_cls" / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in metrics if "eval_accuracy" in row][-1]
+    print(f"\n{len(rows)} held-out records, 30 videos each. Which colour is the one clip that is not grey?")
+    for row in rows[:4]:
+        print(f"  {row['id']:>10}  model: {row['prediction']:10} truth: {row['label']}")
+    print(
+        f"\nright after training: {last['eval_accuracy']:.0%}    macro F1: {last['eval_f1']:.2f}    (guessing: 17 %)\n"
+    )
+    print(f"  {demo}/out_cls/predictions.jsonl   every held-out record with the probabilities of all classes")
 
 
 def settings_of(folder: Path):
@@ -137,40 +162,39 @@ def settings_of(folder: Path):
     return args, settings["eval_image_folder"]
 
 
+# objective → (its folder, a file of its records, what its command has of its own)
+OBJECTIVES = {
+    "sft": ("out", "sft_train.json", "--learning_rate 1e-4"),
+    "dpo": ("out_dpo", "dpo_train.json", "--learning_rate 5e-6"),
+    "cls": ("out_cls", "cls_train.json", "--learning_rate 1e-4 --head_lr 1e-3"),
+    "grpo": ("out_grpo", "sft_train.json", "--learning_rate 1e-5 --reward_funcs accuracy"),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", help="folder that make_demo.py wrote and a trainer trained in (demo/out)")
-    parser.add_argument("--pairs", action="store_true", help="show what train_dpo.py did (demo/out_dpo)")
-    parser.add_argument("--before", default="model", help="its folder with the untrained model (default: model)")
-    parser.add_argument("--after", default="out", help="its folder with the trained one (default: out)")
+    parser.add_argument("demo", help="folder that make_demo.py wrote and a trainer trained in")
+    parser.add_argument(
+        "--objective", default="sft", choices=OBJECTIVES, help="which training is shown (default: sft)"
+    )
     options = parser.parse_args()
-    demo = Path(options.demo)
-    out = demo / options.after
-    if options.pairs:
+    demo, objective = Path(options.demo), options.objective
+    folder, records, own = OBJECTIVES[objective]
+    if objective == "dpo":
         show_pairs(demo)
-        return
-    args, folder = settings_of(out)
-    rows = list(mv.load_records(str(demo / "sft_eval.json")))
-    truth = [text(row["messages"][-1]) for row in rows]
-    score = {}
-    for name in (options.before, options.after):
-        answers = answer(str(demo / name), rows, folder, args)
-        score[name] = sum(a == t for a, t in zip(answers, truth)) / len(rows)
-    print(f"\n{len(rows)} held-out records, 30 videos each. Question: {text(rows[0]['messages'][0])}")
-    for row, said, right in list(zip(rows, answers, truth))[:4]:
-        print(f"  {row['id']:>10}  model: {said!r:40} truth: {right!r}")
-    before, after, picture = score[options.before], score[options.after], draw_curve(out / "metrics.jsonl", demo)
-    print(f"""
-right before training: {before:.0%}    right after training: {after:.0%}    (guessing: 17 %)
+    elif objective == "cls":
+        show_classes(demo)
+    else:
+        show_answers(demo, "half" if objective == "grpo" else "model", folder)
+    print(f"""  {demo}/{folder}   the trained model, and metrics.jsonl with a line per optimizer step
 
-  {out}           the trained model: AutoModelForImageTextToText.from_pretrained("{out}")
-  {out}/metrics.jsonl   one line per optimizer step
-  {picture}      its curve
-
-Next, your own data: write records like {demo}/sft_train.json and run
-  accelerate launch --config_file accelerate_configs/one_gpu.yaml train_sft.py \\
-      --model_id Qwen/Qwen2.5-VL-3B-Instruct --data_path data.json --image_folder videos/ \\
-      --video_resized_width 64 --video_resized_height 64 --fps 0.25 --bf16 True --output_dir out""")
+Next, your own data: write records like {demo}/{records} and run
+  accelerate launch --config_file accelerate_configs/one_gpu.yaml train_{objective}.py \\
+      --model_id Qwen/Qwen2.5-VL-3B-Instruct --data_path data.json --image_folder videos/ --bf16 True \\
+      --lora_enable True --freeze_llm True --freeze_vision_tower True --freeze_merger True \\
+      --lora_namespan_exclude "['lm_head', 'embed_tokens']" --gradient_checkpointing True \\
+      --per_device_train_batch_size 1 --gradient_accumulation_steps 8 {own} \\
+      --video_resized_width 64 --video_resized_height 64 --fps 0.25 --output_dir out""")
 
 
 if __name__ == "__main__":
