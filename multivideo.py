@@ -39,14 +39,15 @@ import threading
 import time
 import traceback
 import zlib
-from collections import deque
-from concurrent.futures import Future
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import safetensors.numpy
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ import transformers
 import xxhash
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, fsdp2_prepare_model
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, fsdp2_prepare_model, gather_object
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -2911,6 +2912,81 @@ DEATHS = {
 }
 WATCH_BYTES = 8192  # more than the longest path
 MIN_VIDEOS = 1000  # --max_bad_ratio counts from here: a single early one is no share yet
+
+
+def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, folder: str, encoder: Encoder):
+    """Look for every file of a data set before any weight is loaded; every process must call it.
+
+    One process of each machine does it: a million files take 8 s on a local disk. Reported are missing files,
+    what is none, and `start` and `end` outside of videos whose length the cache knows. Others come with their sample.
+
+    Raises:
+        InputError: --on_bad_video error, or more bad files than --max_bad_ratio allows.
+    """
+    args, problem, note = encoder.args, None, None
+    if records is not None and accelerator.is_local_main_process:
+        uses, spans = _count_files(records)
+        bad, paths = {}, list(uses)
+        with ThreadPoolExecutor(16) as pool:  # a network disk answers slowly, but many at a time
+            for found in pool.map(lambda k: _bad_paths(paths[k : k + 1000], folder), range(0, len(paths), 1000)):
+                bad |= found
+        bad_uses = sum(uses[path] for path in bad)
+        for part in spans if encoder.cache else ():
+            path = os.path.join(folder, part["files"][0])
+            info = None if part["files"][0] in bad else encoder.cache.info(encoder.cache.identity(path))
+            try:
+                if info:
+                    sample_frames({**dict.fromkeys(PART), **part}, info.num_frames, info.fps, args)
+            except ValueError as error:
+                bad[part["files"][0]] = str(error)
+                bad_uses += 1
+        if bad:
+            total, epochs = sum(uses.values()), max(1, args.num_train_epochs)
+            lines = [f"record {_record_of(records, path)}: {os.path.join(folder, path)}: {reason}"
+                     for path, reason in itertools.islice(bad.items(), 5)]  # fmt: skip
+            found = f"--{flag}: {len(bad):,} of {len(uses):,} files cannot be used ({bad_uses:,} of {total:,} places)"
+            found = "\n  • ".join([found, *lines, *(["…"] if len(bad) > 5 else [])])
+            if args.on_bad_video == "error":
+                problem = (f"{found}\nFix the paths or --image_folder {folder}, or give --on_bad_video drop_video or "
+                           "drop_sample; tools/check_data.py lists all")  # fmt: skip
+            elif bad_uses * epochs > args.max_bad_ratio * max(total * epochs, MIN_VIDEOS):
+                problem = f"{found}\nThese are more than --max_bad_ratio {args.max_bad_ratio:g} allows"
+            else:
+                note = f"{found}\n  --on_bad_video {args.on_bad_video}: left out"
+    found = gather_object([(problem, note)])
+    if problem := next((problem for problem, _ in found if problem), None):
+        stop_all(accelerator, problem)
+    for note in {note for _, note in found if note}:
+        say(note)
+
+
+def _count_files(records: Dataset) -> tuple[Counter, list[dict]]:
+    """How often each file stands in the records, and the distinct clips that have a `start` or `end`."""
+    uses, spans = Counter(), {}
+    for chunk in records.data.column("messages").chunks:  # by columns: a million records in seconds
+        parts = pc.list_flatten(pc.struct_field(pc.list_flatten(chunk), "content"))
+        for pair in pc.list_flatten(pc.struct_field(parts, "files")).value_counts().to_pylist():
+            uses[pair["values"]] += pair["counts"]
+        limited = pc.or_(pc.is_valid(pc.struct_field(parts, "start")), pc.is_valid(pc.struct_field(parts, "end")))
+        for part in parts.filter(limited).to_pylist():
+            spans.setdefault((part["files"][0], part["start"], part["end"]), part)
+    return uses, list(spans.values())
+
+
+def _bad_paths(paths, folder):
+    """{path: reason} of those that resolve_path refuses."""
+    bad = {}
+    for path in paths:
+        try:
+            resolve_path(path, folder)
+        except BadFile as error:
+            bad[path] = error.reason
+    return bad
+
+
+def _record_of(records, path):
+    """The id of the first record that has this file."""
+    return next(row["id"] for row in records if path in record_files(row))
 
 
 def check_bad_ratio(accelerator: Accelerator, args: TrainingArguments, state: dict, counts: dict):

@@ -26,6 +26,7 @@ import os
 import re
 import resource
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -493,6 +494,44 @@ def class_names(records: Dataset, args, held) -> list[str]:
     return names
 
 
+SHOWN_CLASSES = 20
+COMPARED_CLASSES = 500  # names of more are not compared with each other
+
+
+def describe_labels(counts: Counter) -> list[str]:
+    """The classes with their numbers of records, the most frequent first, and likely typing errors: lines to print."""
+    ranked = [(name, count) for name, count in counts.most_common()]
+    shown = ", ".join(f"{name!r} {count:,}" for name, count in ranked[:SHOWN_CLASSES])
+    more = f", and {len(ranked) - SHOWN_CLASSES} more" if len(ranked) > SHOWN_CLASSES else ""
+    lines, most = [f"{len(ranked)} classes: {shown}{more}"], ranked[0][1] if ranked else 0
+
+    def each(items):
+        return some(items, lambda item: f"{item[0]!r} ({item[1]:,})")
+
+    if rare := [item for item in reversed(ranked) if most >= 10 and (item[1] == 1 or item[1] * 50 < most)]:
+        lines.append(f"rare: {each(rare)}")
+    numbers = [item for item in ranked if re.fullmatch(r"-?\d+|true|false", item[0])]
+    if numbers and len(numbers) < len(ranked):
+        lines.append(f"mixed types: {each(numbers)} among {each([item for item in ranked if item not in numbers])}")
+    plain = {}
+    for item in ranked:
+        plain.setdefault(" ".join(unicodedata.normalize("NFKC", item[0]).casefold().split()), []).append(item)
+    lines += [f"differ in spaces or case only: {each(items)}" for items in plain.values() if len(items) > 1]
+    names = [name for name in plain if len(name) > 3] if len(plain) <= COMPARED_CLASSES else []
+    lines += [f"nearly the same: {each([*plain[a], *plain[b]])}" for a, b in itertools.combinations(names, 2)
+              if one_typing_error_apart(a, b)]  # fmt: skip
+    return lines
+
+
+def one_typing_error_apart(a: str, b: str) -> bool:
+    """Whether they differ by one letter more, one other letter or two swapped ones; digits are meant to differ."""
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return not (a + b).isdigit() and (max(len(a), len(b)) == 1 or (len(a) == 2 and a == b[::-1]))
+
+
 def check_labels(records: Dataset, names: list[str], source: str):
     """Every label of the records must be one of `names`."""
     unknown = {}
@@ -790,6 +829,8 @@ def main():
     if eval_records:
         check_records(eval_records, model_config, args.eval_path)
     weights = make_weights(records, model_config, args, accelerator.device)
+    mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
+    mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)
     batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
     samples_per_step = batch_size * args.gradient_accumulation_steps * world_size
@@ -822,6 +863,9 @@ def main():
         accelerator.init_trackers(output_dir.name, config, names)
     if is_main:
         mv.describe_run(args, raw_model, stream, records, total_steps, world_size)
+        if args.problem_type != REGRESSION:
+            first, *notes = describe_labels(Counter(name for names in records["label"] for name in names))
+            mv.say(f"  labels     {first}" + "".join(f"\n  note       {note}" for note in notes))
 
     # ---- the loop: evaluation and saving come first, so that a run stopped in one begins with it again
     order = None

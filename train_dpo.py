@@ -541,6 +541,8 @@ def main():
         records = mv.load_records(args.data_path, normalize_record, FEATURES)
         eval_records = mv.load_records(args.eval_path, normalize_record, FEATURES) if args.eval_path else None
     encoder = mv.Encoder(args.model_id, args)
+    mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
+    mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)
     batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
     samples_per_step = batch_size * args.gradient_accumulation_steps * world_size

@@ -822,6 +822,8 @@ def main():
     for name, table in (("--data_path", records), ("--eval_path", eval_records)):
         check_references(name, table, args.reward_funcs)
     encoder = mv.Encoder(args.model_id, args)
+    mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
+    mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)
     batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
     samples_per_step = batch_size * args.gradient_accumulation_steps * world_size

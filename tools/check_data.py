@@ -26,7 +26,7 @@ import os
 import signal
 import sqlite3
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +172,7 @@ def read_record(item) -> dict:
         "text": len(ids) - len(parts) + sum(lengths), "beside": sum(lengths) - max(lengths, default=0),
         "learned": sum(label != -100 for _, part in [(ids, labels), *answers] for label in part),
         "clips": [json.dumps(clip | {"folder": folder}, sort_keys=True) for clip in clips],
+        "labels": row.get("label", []),
     }  # fmt: skip
 
 
@@ -315,7 +316,7 @@ class Findings:
     """Everything that is found, in a temporary SQLite database that spills to disk ($TMPDIR) and leaves nothing."""
 
     def __init__(self, encoder):
-        self.encoder, self.db = encoder, sqlite3.connect("")
+        self.encoder, self.db, self.labels = encoder, sqlite3.connect(""), {}  # counts of the classes of each split
         self.db.executescript("PRAGMA cache_size = -100000;" + SCHEMA)
 
     def __call__(self, query: str, *values):
@@ -353,6 +354,7 @@ class Findings:
         """The result of read_record."""
         self("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?)", split, number,
              *map(result.get, ("id", "place", "problem", "text", "beside", "learned")))  # fmt: skip
+        self.labels.setdefault(split, Counter()).update(result.get("labels", []))
         for k, spec in enumerate(result.get("clips", [])):
             self("INSERT OR IGNORE INTO distinct_clips (spec, kind) VALUES (?, ?)", spec, json.loads(spec)["type"])
             self("INSERT INTO clips SELECT ?, ?, ?, clip FROM distinct_clips WHERE spec = ?", split, number, k, spec)
@@ -437,7 +439,7 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
                "learned tokens": "learned", "all tokens": "total", "last position": "last"}  # fmt: skip
     prompts = getattr(args, "max_prompt_length", None)  # of a trainer that adds the answers itself
     flag, limit = ("max_prompt_length", prompts) if prompts else ("max_seq_length", args.max_seq_length)
-    most = found.encoder.max_positions
+    most, labels = found.encoder.max_positions, found.labels.get(split)
     names, facts = "id tokens visual videos images", "visual, videos, images FROM good WHERE split = ?"
     return {
         "source": source,
@@ -445,6 +447,7 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
         "bad_records": found.listed("problem", f"SELECT problem {of_split} NOT NULL ORDER BY number", split) | {
             "tag_mismatches": found.one(f"SELECT COUNT(*) {of_split} LIKE '%> tags for %'", split)},
         "duplicate_ids": doubles,
+        "labels": importlib.import_module("train_cls").describe_labels(labels) if labels else [],
         "unreadable_samples": found.one("SELECT COUNT(*) FROM samples WHERE split = ? AND unreadable", split),
         "distinct_clips": found.one("SELECT COUNT(DISTINCT clip) FROM clips WHERE split = ?", split),
         "shapes": found.listed("frames height width kind clips", "SELECT frames, height, width, kind, COUNT(*) FROM "
@@ -595,6 +598,8 @@ def show(report: dict, first: int):
         if (doubles := split["duplicate_ids"])["count"]:
             line("ids used twice", f"{doubles['count']:,}")
             listing(doubles, lambda item: f"{item['id']}: {item['times']} times, {'; '.join(item['places'])}")
+        for note in split["labels"]:
+            line("labels", note)
         if split["unreadable_samples"]:
             line(
                 "incomplete",
