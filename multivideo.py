@@ -2926,25 +2926,26 @@ def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, fo
     args, problem, note = encoder.args, None, None
     if records is not None and accelerator.is_local_main_process:
         uses, spans = _count_files(records)
-        bad, paths = {}, list(uses)
+        paths, bad = list(uses), {}  # (path, start and end, if these are what is wrong): reason
         with ThreadPoolExecutor(16) as pool:  # a network disk answers slowly, but many at a time
             for found in pool.map(lambda k: _bad_paths(paths[k : k + 1000], folder), range(0, len(paths), 1000)):
-                bad |= found
-        bad_uses = sum(uses[path] for path in bad)
-        for part in spans if encoder.cache else ():
-            path = os.path.join(folder, part["files"][0])
-            info = None if part["files"][0] in bad else encoder.cache.info(encoder.cache.identity(path))
+                bad |= {(path, None): reason for path, reason in found.items()}
+        bad_uses = sum(uses[path] for path, _ in bad)
+        for (path, span), (part, count) in spans.items():
+            known = encoder.cache and (path, None) not in bad
+            info = known and encoder.cache.info(encoder.cache.identity(os.path.join(folder, path)))
             try:
                 if info:
                     sample_frames({**dict.fromkeys(PART), **part}, info.num_frames, info.fps, args)
             except ValueError as error:
-                bad[part["files"][0]] = str(error)
-                bad_uses += 1
+                bad[path, span] = str(error)
+                bad_uses += count
         if bad:
-            total, epochs = sum(uses.values()), max(1, args.num_train_epochs)
-            lines = [f"record {_record_of(records, path)}: {os.path.join(folder, path)}: {reason}"
-                     for path, reason in itertools.islice(bad.items(), 5)]  # fmt: skip
-            found = f"--{flag}: {len(bad):,} of {len(uses):,} files cannot be used ({bad_uses:,} of {total:,} places)"
+            total, epochs = sum(uses.values()), 1 if args.max_steps > 0 else max(1, args.num_train_epochs)
+            lines = [f"record {_record_of(records, *key)}: {os.path.join(folder, key[0])}: {reason}"
+                     for key, reason in itertools.islice(bad.items(), 5)]  # fmt: skip
+            files = len({path for path, _ in bad})
+            found = f"--{flag}: {files:,} of {len(uses):,} files cannot be used ({bad_uses:,} of {total:,} places)"
             found = "\n  • ".join([found, *lines, *(["…"] if len(bad) > 5 else [])])
             if args.on_bad_video == "error":
                 problem = (f"{found}\nFix the paths or --image_folder {folder}, or give --on_bad_video drop_video or "
@@ -2960,8 +2961,8 @@ def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, fo
         say(note)
 
 
-def _count_files(records: Dataset) -> tuple[Counter, list[dict]]:
-    """How often each file stands in the records, and the distinct clips that have a `start` or `end`."""
+def _count_files(records: Dataset) -> tuple[Counter, dict]:
+    """How often each file stands in the records, and {(path, (start, end)): (clip, how often)} where one is given."""
     uses, spans = Counter(), {}
     for chunk in records.data.column("messages").chunks:  # by columns: a million records in seconds
         parts = pc.list_flatten(pc.struct_field(pc.list_flatten(chunk), "content"))
@@ -2969,8 +2970,9 @@ def _count_files(records: Dataset) -> tuple[Counter, list[dict]]:
             uses[pair["values"]] += pair["counts"]
         limited = pc.or_(pc.is_valid(pc.struct_field(parts, "start")), pc.is_valid(pc.struct_field(parts, "end")))
         for part in parts.filter(limited).to_pylist():
-            spans.setdefault((part["files"][0], part["start"], part["end"]), part)
-    return uses, list(spans.values())
+            key = part["files"][0], (part["start"], part["end"])
+            spans[key] = part, spans.get(key, (None, 0))[1] + 1
+    return uses, spans
 
 
 def _bad_paths(paths, folder):
@@ -2984,9 +2986,10 @@ def _bad_paths(paths, folder):
     return bad
 
 
-def _record_of(records, path):
-    """The id of the first record that has this file."""
-    return next(row["id"] for row in records if path in record_files(row))
+def _record_of(records, path, span):
+    """The id of the first record that has this file, with this `start` and `end` if they are given."""
+    return next(row["id"] for row in records for turn in row["messages"] for part in turn["content"]
+                if path in part["files"] and span in (None, (part["start"], part["end"])))  # fmt: skip
 
 
 def check_bad_ratio(accelerator: Accelerator, args: TrainingArguments, state: dict, counts: dict):

@@ -439,6 +439,49 @@ def run_with_workers(monkeypatch, *flags):
         in_process(patched, *flags)
 
 
+@pytest.mark.parametrize("flag", ["data_path", "eval_path"])
+def test_files_are_looked_at_before_weights_are_loaded(clips, tiny_model, tmp_path, monkeypatch, capsys, flag):
+    """Missing files, what is none, and spans beyond a video's known length: at once, by each policy."""
+
+    def records(name, *lists):
+        turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Blocks."}]
+        rows = [{"id": f"r{i}", "video": videos, "conversations": turns} for i, videos in enumerate(lists)]
+        (tmp_path / name).write_text(json.dumps(rows))
+        return tmp_path / name
+
+    good = records("good.json", *([[name] for name in GOOD[:6]]))
+    flags = ["--model_id", tiny_model, "--image_folder", clips, "--video_cache", tmp_path / "cache", "--nframes", 4,
+             "--video_resized_width", 56, "--video_resized_height", 56, "--max_steps", 1]  # fmt: skip
+    in_process(monkeypatch, *flags, "--data_path", good, "--output_dir", tmp_path / "fills_the_cache")
+    (tmp_path / "folder.mp4").mkdir()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    late = {"video": GOOD[0], "start": 100}  # of some 2.5 seconds
+    lists = [GOOD[:2], [GOOD[0], "gone.mp4"], [late, GOOD[3]], ["gone.mp4", tmp_path / "folder.mp4"],
+             [tmp_path / "pipe.mp4"], [{"video": GOOD[1], "start": 0.5, "end": 1.5}]]  # fmt: skip
+    lists = [[str(item) if isinstance(item, Path) else item for item in videos] for videos in lists]
+    bad = records("bad.json", *lists)
+    sources = ["--data_path", bad] if flag == "data_path" else ["--data_path", good, "--eval_path", bad]
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights are loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mv, "load_model", refuse)
+        with pytest.raises(mv.InputError) as caught:
+            in_process(patch, *flags, *sources, "--output_dir", tmp_path / "error")
+        said = str(caught.value)
+        assert said.startswith(f"--{flag}: 4 of 6 files cannot be used (5 of 10 places)\n  • record r1: ")
+        assert f"gone.mp4: No such file or directory; paths start from --image_folder {clips}" in said
+        assert said.count("not a regular file") == 2 and "record r2: " in said and said.count("\n  • ") == 4
+        assert "'start' 100.0 and 'end' None s leave no two frames" in said and "--on_bad_video drop_video" in said
+        drop = ["--on_bad_video", "drop_video", "--output_dir", tmp_path / "drop"]
+        with pytest.raises(mv.InputError, match="These are more than --max_bad_ratio 0.001 allows"):
+            in_process(patch, *flags, *sources, *drop, "--max_bad_ratio", 0.001)
+        with pytest.raises(AssertionError, match="weights are loaded"):
+            in_process(patch, *flags, *sources, *drop)
+        assert "4 of 6 files cannot be used" in capsys.readouterr().err
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("policy", ["drop_video", "drop_sample"])
 def test_runs_finish_without_the_bad_files(run_flags, injected, tmp_path, monkeypatch, policy):
@@ -489,14 +532,15 @@ def test_too_many_bad_videos_end_the_run(run_flags, tmp_path, monkeypatch):
     """Over --max_bad_ratio (of 1,000 videos at least) all stop with the first files and what to do."""
     data = json.loads(Path(run_flags[3]).read_text())
     for i, row in enumerate(data):
-        row["video"][1] = f"absent-{i}.mp4"
+        (tmp_path / f"broken-{i}.mp4").write_bytes(b"no video")
+        row["video"][1] = str(tmp_path / f"broken-{i}.mp4")
     (tmp_path / "data.json").write_text(json.dumps(data))
     flags = [*run_flags, "--data_path", tmp_path / "data.json", "--on_bad_video", "drop_video", "--output_dir"]
     with pytest.raises(mv.InputError) as caught:
         in_process(monkeypatch, *flags, tmp_path / "out", "--max_bad_ratio", 0.003, "--max_steps", 20)
     message = str(caught.value)
     assert message.startswith("4 of 12 videos and images so far could not be read: more than --max_bad_ratio 0.003")
-    assert message.count("absent-") == 4 and "No such file" in message and str(tmp_path / "out") in message
+    assert message.count("broken-") >= 4 and "cannot be decoded" in message and str(tmp_path / "out") in message
     assert [row["bad_videos"] for row in metrics(tmp_path / "out")] == [1, 1, 1]
     in_process(monkeypatch, *flags, tmp_path / "more", "--max_bad_ratio", 0.02, "--max_steps", 20)
     assert len(metrics(tmp_path / "more")) == 20
