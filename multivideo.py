@@ -3087,6 +3087,8 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     saved = json.loads((folder / "trainer_state.json").read_text())
     if lacking := sorted(state.keys() - saved.keys()):
         raise InputError(f"{folder}: trainer_state.json has no {', '.join(lacking)}: another version wrote it")
+    if saved["best"] is not None and not math.isfinite(saved["best"]):  # an earlier version's
+        saved["best"] = saved["best_checkpoint"] = None
     changed = {key: f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()
                if saved["run"].get(key) != value}  # fmt: skip
     shards = [changed.pop("optimizer")] if "optimizer" in changed else []  # what no force can bring together
@@ -3228,8 +3230,37 @@ def cut_jsonl(path: Path, state: dict):
     os.replace(aside, path)
 
 
+def check_evaluated(accelerator: Accelerator, args: TrainingArguments, evaluated: int, records: Dataset):
+    """End the run when an evaluation skipped every record: it has no result; every process must call it."""
+    if not evaluated:
+        stop_all(accelerator, f"--eval_path {args.eval_path}: no record was evaluated, all {len(records)} were "
+                 "skipped: those that are too long need a higher --max_seq_length (GRPO: --max_prompt_length), "
+                 "--max_video_tokens, a lower --fps or smaller sizes; files that cannot be read are listed in "
+                 f"{Path(args.output_dir) / 'bad_videos.jsonl'}: fix them or remove their records")  # fmt: skip
+
+
+def finite_result(result: dict) -> dict:
+    """An evaluation's row for metrics.jsonl: null for each value that is not finite, then with `not_finite`."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+    return row | {"not_finite": True} if None in row.values() else row
+
+
+def numbers(row: dict) -> dict:
+    """What trackers can draw of a row: its numbers, without null, flags and matrices."""
+    return {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def result_text(result: dict) -> str:
+    """The numbers of finite_result in one line."""
+    missing = {key: "not finite" for key, value in result.items() if value is None}
+    shown = {key: f"{value:.6g}" for key, value in numbers(result).items()}
+    return ", ".join(f"{key} {(missing | shown)[key]}" for key in result if key in missing or key in shown)
+
+
 def judge(state: dict, result: dict, args: TrainingArguments) -> bool:
-    """Whether an evaluation is the best so far; keeps `best` and `evals_without_gain` of the state.
+    """Whether a finite_result is the best so far; keeps `best` and `evals_without_gain` of the state.
+
+    One with a value that is not finite never is, whatever --metric_for_best_model: it counts as no improvement.
 
     Raises:
         InputError: --metric_for_best_model is not among its results.
@@ -3238,7 +3269,10 @@ def judge(state: dict, result: dict, args: TrainingArguments) -> bool:
     if name not in result:
         raise InputError(f"--metric_for_best_model {args.metric_for_best_model}: evaluation gives {', '.join(result)}")
     sign = 1 if args.greater_is_better else -1
-    gain = math.inf if state["best"] is None else (result[name] - state["best"]) * sign
+    if "not_finite" in result:
+        gain = -math.inf
+    else:
+        gain = math.inf if state["best"] is None else (result[name] - state["best"]) * sign
     state["evals_without_gain"] = 0 if gain > args.early_stopping_threshold else state["evals_without_gain"] + 1
     if gain > 0:
         state["best"] = result[name]

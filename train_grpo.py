@@ -426,9 +426,13 @@ def score(functions: dict, groups: list[dict]) -> torch.Tensor:
 
 
 def sample_tokens(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Tokens by inverse transform sampling: scores [R, V] (fp32 logits), draws [R] (uniform in [0, 1), fp64) → [R]."""
+    """Tokens by inverse transform sampling: scores [R, V] (fp32 logits), draws [R] (uniform in [0, 1), fp64) → [R].
+
+    Of scores that are not finite (the step on them is a bad one) it is the last token.
+    """
     cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=scores.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -656,10 +660,10 @@ def statistics(sums: torch.Tensor, names: list[str]) -> tuple[dict, float]:
     groups, stds, zero, completions, tokens, cut, scored, total, squares, *each = sums.tolist()
     told = {
         "reward": total / scored if scored else math.nan,
-        "reward_std": stds / max(groups, 1),
-        "frac_reward_zero_std": zero / max(groups, 1),
-        "completions/mean_length": tokens / max(completions, 1),
-        "completions/clipped_ratio": cut / max(completions, 1),
+        "reward_std": stds / (groups or math.nan),
+        "frac_reward_zero_std": zero / (groups or math.nan),
+        "completions/mean_length": tokens / (completions or math.nan),
+        "completions/clipped_ratio": cut / (completions or math.nan),
         "completions/unscored": int(completions - scored),
     }
     for name, value, count in zip(names, each[: len(names)], each[len(names) :]):
@@ -668,8 +672,9 @@ def statistics(sums: torch.Tensor, names: list[str]) -> tuple[dict, float]:
     return told, math.sqrt(max(variance, 0.0)) if variance == variance else math.nan
 
 
-def groups_with_gradient(groups, args) -> list[dict]:
+def groups_with_gradient(groups, stops: list[int], args) -> list[dict]:
     """Those of some groups that are learned: without --beta, not those whose advantages are all 0."""
+    groups = [group for group in groups if any(is_learned(tokens, stops, args) for tokens in group["ids"])]
     return [group for group in groups if args.beta or group["advantages"].any()]
 
 
@@ -771,7 +776,7 @@ def evaluate(engine, stream, records, encoder, functions, args, caught) -> dict 
     own = mv.micro_batches(list(range(len(records))), args.per_device_eval_batch_size,
                            accelerator.process_index, accelerator.num_processes)  # fmt: skip
     stops = end_tokens(engine.raw_model, encoder)
-    sums, right = torch.zeros(9 + 2 * len(functions), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    sums, right = torch.zeros(9 + 2 * len(functions), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     bar = tqdm(total=len(own), desc="eval", leave=False, disable=not accelerator.is_main_process)
     with engine.gathered():
         for indices, samples in zip(own, stream.batches(records, own, args.eval_image_folder)):
@@ -782,22 +787,26 @@ def evaluate(engine, stream, records, encoder, functions, args, caught) -> dict 
             sums += group_sums(groups, stops, args)
             for group in groups:
                 (value,) = accuracy_reward(group["texts"], [group["record"]["reference"]])
-                right += torch.tensor([value or 0.0, value is not None], dtype=torch.float64)
+                finite = all(map(math.isfinite, group["logps"][0]))
+                right += torch.tensor([value or 0.0, value is not None, not finite], dtype=torch.float64)
             bar.update()
     bar.close()
     model.train()
     sums = accelerator.reduce(torch.cat([sums, right]).to(accelerator.device)).cpu()
     if mv.stop_asked(accelerator, caught):  # the last answers were broken off
         return None
-    told, _ = statistics(sums[:-2], list(functions))
+    mv.check_evaluated(accelerator, args, int(sums[0]), records)
+    told, _ = statistics(sums[:-3], list(functions))
     if math.isnan(told["reward"]):
         mv.stop_all(
             accelerator, f"--eval_path {args.eval_path}: no reward function is applicable to any of its records"
         )
     told = {key: value for key, value in told.items() if key not in ("reward_std", "frac_reward_zero_std")}
-    if sums[-1]:
-        told["accuracy"] = (sums[-2] / sums[-1]).item()
+    if sums[-2]:
+        told["accuracy"] = (sums[-3] / sums[-2]).item()
     told = {f"eval_{key}": value for key, value in told.items() if math.isfinite(value)}
+    if sums[-1]:  # answers of a model whose log-probabilities are not finite mean nothing
+        told = dict.fromkeys(told, math.nan)
     return told | {"eval_samples": int(sums[0])}
 
 
@@ -878,6 +887,7 @@ def main():
             result = evaluate(engine, stream, eval_records, encoder, functions, args, caught)
             if stop := result is None:
                 break
+            result = mv.finite_result(result)
             improved = mv.judge(state, result, args)
             state["eval_due"] = False
             state["save_due"] = state["save_due"] or (improved and args.load_best_model_at_end)
@@ -885,9 +895,9 @@ def main():
                 state["best_checkpoint"] = f"checkpoint-{state['step']}"
             if is_main:
                 mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
-                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
+                bar.write(f"step {state['step']}: {mv.result_text(result)}")
             if trackers:
-                accelerator.log(result, state["step"])
+                accelerator.log(mv.numbers(result), state["step"])
         if state["save_due"]:
             state["save_due"], saved_step = False, state["step"]
             mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
@@ -914,7 +924,7 @@ def main():
             reward_seconds = time.perf_counter() - started - data_wait - rollout_seconds
             left = iter(groups)  # in the order of their rows
             per_row = [sum("input_ids" in sample for sample in samples) for samples in rows]
-            learned_rows = [groups_with_gradient(itertools.islice(left, count), args) for count in per_row]
+            learned_rows = [groups_with_gradient(itertools.islice(left, count), stops, args) for count in per_row]
             old_logps, ref_logps = [None] * len(rows), [None] * len(rows)
             kept = [sample for sample in encoded if "input_ids" in sample]
             completions = [ids for group in groups for ids in group["ids"]]
@@ -943,9 +953,11 @@ def main():
         # ---- forward, backward, step
         factor = mv.lr_factor(state["step"], total_steps, args)
         engine.set_learning_rate(factor)
-        step_loss = torch.zeros((), device=accelerator.device)
-        sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # KL, clipped, |Δ log p|, tokens
-        for k, row_groups in enumerate(learned_rows):
+        learning = counts["supervised_tokens"] > 0  # if not, no process computes or updates anything
+        step_loss = torch.full((), 0.0 if learning else math.nan, device=accelerator.device)
+        # KL, clipped, |Δ log p|, tokens
+        sums = torch.full((4,), 0.0 if learning else math.nan, dtype=torch.float64, device=accelerator.device)
+        for k, row_groups in enumerate(learned_rows if learning else []):
             last = k == len(rows) - 1
             batch = pack_groups(row_groups, encoder, stops, args, accelerator.device)
             inputs, targets, sequences = batch["inputs"], batch["targets"], batch["sequences"]
@@ -971,11 +983,12 @@ def main():
                     loss_finite = bool(torch.isfinite(step_loss))
                     loss = loss if loss_finite else loss * math.nan  # then no process updates anything
                 engine.backward(loss)
-        grad_norm, overflow = engine.step()
+        grad_norm, overflow = engine.step() if learning else (math.nan, False)
         kl_sum, clipped_sum, gap_sum, learned = accelerator.reduce(sums).tolist()
-        bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
+        bad = learning and (not loss_finite or not (math.isfinite(grad_norm) or overflow))
         state["step"], state["samples_seen"] = state["step"] + 1, samples_seen
-        state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
+        if learning:
+            state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
 
         # ---- log
         seconds = time.perf_counter() - started
@@ -1014,8 +1027,9 @@ def main():
                 mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
         if trackers and state["step"] % args.logging_steps == 0:
             accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
+        progress = f"reward {told['reward']:.3f}" if math.isfinite(told["reward"]) else "no reward"
         bar.set_postfix_str(
-            f"reward {told['reward']:.3f}, {counts['samples'] / seconds:.1f} samples/s, "
+            f"{progress}, {counts['samples'] / seconds:.1f} samples/s, "
             f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}, "
             f"rollout {rollout_seconds / seconds:.0%}"
         )

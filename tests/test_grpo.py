@@ -392,11 +392,11 @@ def test_groups_without_advantage_leave_the_pack(rollout, tiny_model):
     model, encoder, samples, ids, _ = rollout
     groups = [make_group(samples[i], ids[i], seed=i) for i in (1, 3)]
     groups[1]["advantages"] = grpo.group_advantages(torch.tensor([[0.5, 0.5, 0.5]], dtype=torch.float64), "group")[0]
-    results = []
+    results, stops = [], grpo.end_tokens(model, encoder)
     for beta in (0.0, 1e-30):
         args = arguments(tiny_model, beta=beta, loss_type="dapo")
-        learned = grpo.groups_with_gradient(groups, args)
-        batch = grpo.pack_groups(learned, encoder, grpo.end_tokens(model, encoder), args, "cpu")
+        learned = grpo.groups_with_gradient(groups, stops, args)
+        batch = grpo.pack_groups(learned, encoder, stops, args, "cpu")
         assert len(batch["lengths"]) == (6 if beta else 3)
         totals = {"completions": 6, "supervised_tokens": sum(len(c) for group in groups for c in group["ids"])}
         logps = mv.token_logps(model(**batch["inputs"]).logits, batch["targets"], 0.9)
@@ -408,7 +408,7 @@ def test_groups_without_advantage_leave_the_pack(rollout, tiny_model):
         results.append([loss.item(), *(p.grad.norm().item() for p in model.parameters())])
     assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-8)
     args = arguments(tiny_model, beta=0.0)
-    empty = grpo.pack_groups(grpo.groups_with_gradient(groups[1:], args), encoder, [], args, "cpu")
+    empty = grpo.pack_groups(grpo.groups_with_gradient(groups[1:], stops, args), encoder, [], args, "cpu")
     assert len(empty["targets"]) == len(empty["lengths"]) == 0
     model(**empty["inputs"]).logits.sum().backward()  # the dummy goes through tower and language model
 
