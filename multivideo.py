@@ -2189,6 +2189,14 @@ def load_adapter(model, args: TrainingArguments, path: str | None):
     peft.set_peft_model_state_dict(model, {**wanted, **weights})
 
 
+def adapter_off_is_start(args: TrainingArguments) -> bool:
+    """Whether the trained model without its adapter is the one before training.
+
+    Switched off, an adapter leaves what it was put on: not another adapter, and not biases as they were.
+    """
+    return args.lora_enable and not args.lora_weight_path and args.lora_bias == "none"
+
+
 def part_of(name: str) -> str:
     """The part of a model that a parameter is in: "vision", "merger", "llm" (with lm_head), a classifier's "head"."""
     if "score" in name.split("."):

@@ -69,8 +69,8 @@ class DPOArguments(mv.TrainingArguments):
     )
     ref_model_id: str | None = mv.arg(
         None,
-        "Another model as the reference (default: the model as it is before training: with a new adapter the same "
-        "weights, adapter off; else a frozen copy: 4 bytes per parameter, 2 under DeepSpeed in bf16, split under "
+        "Another model as the reference (default: the model as it is before training: with a new adapter and "
+        "--lora_bias none the same weights, adapter off; else a frozen copy: 4 bytes per parameter, 2 under DeepSpeed in bf16, split under "
         "ZeRO-3 and FSDP2).",
     )
     precompute_ref_log_probs: bool = mv.arg(
@@ -302,6 +302,13 @@ def check_reference(args: DPOArguments, encoder: mv.Encoder):
     if differ:
         raise mv.InputError(f"--ref_model_id {args.ref_model_id} cannot judge --model_id {args.model_id}, it differs "
                             f"in {', '.join(differ)}: take a model of the same family")  # fmt: skip
+
+
+def frozen_copy_of(args: DPOArguments) -> str | None:
+    """The model that a run loads a frozen copy of, beside the trained one, as its reference; None: no copy."""
+    if args.precompute_ref_log_probs or (mv.adapter_off_is_start(args) and not args.ref_model_id):
+        return None
+    return args.ref_model_id or args.model_id
 
 
 def load_reference(args: DPOArguments, device):
@@ -552,8 +559,7 @@ def main():
     # ---- reference: numbers from a file, a frozen model, or the trained one without its adapter
     if args.ref_model_id:
         check_reference(args, encoder)
-    # Switched off, an adapter leaves what it was put on: not another adapter, and not biases as they were.
-    adapter_off = args.lora_enable and not (args.ref_model_id or args.lora_weight_path or args.lora_bias != "none")
+    adapter_off = mv.adapter_off_is_start(args) and not args.ref_model_id
     reference = eval_reference = None
     if args.precompute_ref_log_probs:
         data_sets = [
@@ -561,7 +567,7 @@ def main():
             (eval_records, args.eval_path, args.eval_image_folder),
         ]
         reference, eval_reference = reference_tables(accelerator, stream, data_sets, encoder, args)
-    elif not adapter_off:
+    elif frozen_copy_of(args):
         frozen = load_reference(args, accelerator.device)
         reference = eval_reference = mv.Engine(accelerator, frozen, args, frozen=True)
 

@@ -99,7 +99,12 @@ class GRPOArguments(mv.TrainingArguments):
     )
 
     # objective
-    beta: float = mv.arg(0.04, "Weight of the KL divergence from the model at the start; 0: no such model is held.")
+    beta: float = mv.arg(
+        0.04,
+        "Weight of the KL divergence from the model at the start (with a new adapter and --lora_bias none the same "
+        "weights, adapter off; else a frozen copy: 4 bytes per parameter, 2 under DeepSpeed in bf16, split under "
+        "ZeRO-3 and FSDP2); 0: no such model.",
+    )
     num_iterations: int = mv.arg(
         1, "Optimizer steps taken on each batch of completions; evaluation and checkpoints wait for the last of them."
     )
@@ -697,10 +702,19 @@ def is_learned(tokens: list[int], stops: list[int], args) -> bool:
     return not args.mask_truncated_completions or tokens[-1] in stops
 
 
+def frozen_copy_of(args) -> str | None:
+    """The model that a run loads a frozen copy of, beside the trained one, as its reference; None: no copy."""
+    return None if not args.beta or mv.adapter_off_is_start(args) else args.model_id
+
+
 def load_reference(args, device):
     """The model at the start, in the types of the trained one: the same numbers."""
+    own = replace(args, gradient_checkpointing=False)
+    if not own.lora_weight_path:  # an adapter that decides the types, and is taken off again
+        own = replace(own, lora_namespan_exclude="['lm_head', 'embed_tokens']", num_lora_modules=1, use_dora=False)
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):  # adapters begin at random
-        return mv.load_model(replace(args, gradient_checkpointing=False), device)
+        model = mv.load_model(own, device)
+    return model.unload() if args.lora_enable and not own.lora_weight_path else model
 
 
 @torch.no_grad()
@@ -838,9 +852,9 @@ def main():
     if args.max_steps < 0:
         total_steps *= args.num_iterations
 
-    # ---- reference for the KL divergence: the trained model without its new adapter, or a frozen model
-    reference, adapter_is_new = None, args.lora_enable and not args.lora_weight_path
-    if args.beta and not adapter_is_new:
+    # ---- reference for the KL divergence: the trained model without its adapter, or a frozen copy
+    reference = None
+    if frozen_copy_of(args):
         reference = mv.Engine(accelerator, load_reference(args, accelerator.device), args, frozen=True)
 
     # ---- model and optimizer

@@ -937,6 +937,33 @@ def test_adapters(flags, tmp_path, monkeypatch):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["kl"] > 1e-4
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_not_the_reference_s(flags, demo, tmp_path, monkeypatch, bias):  # noqa: F811
+    """peft does not restore the biases of --lora_bias when it switches the adapter off: the reference is a copy."""
+    asked, inner = [], grpo.reference_logps
+
+    def noted(reference, inputs, targets, args):
+        logps = inner(reference, inputs, targets, args)
+        asked.append((inputs, targets, logps))
+        return logps
+
+    monkeypatch.setattr(grpo, "reference_logps", noted)
+    train(monkeypatch, *flags, "--lora_enable", "True", "--freeze_llm", "True", "--lora_bias", bias, "--beta", 0.1,
+          "--lora_namespan_exclude", "['lm_head', 'embed_tokens']", "--learning_rate", 0.5, "--optim", "adamw_torch",
+          "--output_dir", tmp_path)  # fmt: skip
+    assert len(asked) == 6  # two rows of three batches of completions
+    args = arguments(str(demo / "model"))
+    start = mv.load_model(args, "cpu").eval()
+    before = {name: value for name, value in start.named_parameters() if name.endswith("q_proj.bias")}
+    trained = load_file(tmp_path / "adapter_model.safetensors")
+    trained = {name.removeprefix("base_model.model.").replace("base_layer.", ""): v for name, v in trained.items()}
+    assert before and all(not torch.equal(value, trained[name]) for name, value in before.items())
+    with torch.no_grad():
+        for inputs, targets, logps in asked:
+            expected = mv.token_logps(start(**inputs).logits, targets, args.temperature)
+            torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
 def test_two_processes_under_zero3_equal_one(straight, flags, tmp_path):
     """Weights and reference split over two processes, gathered for the rollouts: completions, losses and rewards."""
     from test_train import launch
