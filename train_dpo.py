@@ -70,8 +70,8 @@ class DPOArguments(mv.TrainingArguments):
     ref_model_id: str | None = mv.arg(
         None,
         "Another model as the reference (default: the model as it is before training: with a new adapter and "
-        "--lora_bias none the same weights, adapter off; else a frozen copy: 4 bytes per parameter, 2 under DeepSpeed in bf16, split under "
-        "ZeRO-3 and FSDP2).",
+        "--lora_bias none the same weights, adapter off; else a frozen copy: 4 bytes per parameter, 2 under DeepSpeed "
+        "in bf16, split under ZeRO-3 and FSDP2).",
     )
     precompute_ref_log_probs: bool = mv.arg(
         False,

@@ -1,8 +1,8 @@
 """check_data.py, preview.py and the memory formula, against mv.Encoder, hand-made damage and real allocations."""
 
 import dataclasses
-import itertools
 import importlib
+import itertools
 import json
 import math
 import os

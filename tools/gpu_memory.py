@@ -112,7 +112,7 @@ class MemoryModel:
         return count * (1.0 if self.args.bits == 8 else 0.516 if self.args.double_quant else 0.5625)
 
     def copy_bytes(self) -> float:
-        """Bytes of the frozen copy: it has the types of the trained model, and its adapter if training began with it."""
+        """Bytes of the frozen copy: in the types of the trained model, with the adapter that training goes on from."""
         if self.copied == self.args.model_id and self.args.lora_weight_path:
             return self.trained * self.w + self.frozen * self.f + self.quantized_bytes(self.quantized)
         with torch.device("meta"):
