@@ -21,6 +21,7 @@ Launch, on a CPU or one GPU:
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -33,7 +34,7 @@ import time
 import traceback
 import zlib
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,8 @@ class GRPOArguments(mv.TrainingArguments):
             "help": "Rewards. accuracy: the answer is the reference but for case, spaces and outer punctuation, "
             "or equal by math_verify. format: <think>…</think> <answer>…</answer>. choice: the same letter. "
             "numeric: max(0, 1 − |x − y| / |y|) for the last number x, the reference's y. Or your own as "
-            "file.py:function, called as in TRL with prompts, completions and every column of the records."
+            "file.py:function, called as in TRL with prompts, completions and every column of the data set (None "
+            "where a record lacks it)."
         },
     )
     reward_weights: list[float] | None = field(
@@ -174,24 +176,41 @@ RECORD = Features({
     "prompt": Value("string"),  # only where the record's own is a text, which reward functions then get as it is
     "reference": Value("string"),
     "columns": Value("string"),  # JSON: all other fields, for reward functions
+    "column_names": List(Value("string")),
     "left_out": Value("int64"),  # turns after the first answer
 })  # fmt: skip
 READ = ("prompt", "completion", "conversations", "messages", "video", "videos", "image", "images")  # no columns
 REFERENCES = ("solution", "answer", "ground_truth", "reference")
 
 
+def reference_beside(fields: dict, where: str) -> str | None:
+    """The first of REFERENCES that a record has, as a text; None if it has none."""
+    for key in REFERENCES:
+        value = fields.get(key)
+        if mv._absent(value):
+            continue
+        if not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf) or value != value:
+            raise ValueError(f"{where}: field {key!r}: the reference answer must be a text or a number, got "
+                             f"{value!r:.80}: write it as one, or rename the field")  # fmt: skip
+        if not str(value).strip():
+            raise ValueError(f"{where}: field {key!r}: the reference answer is empty: write it or drop the record")
+        return str(value)
+    return None
+
+
 def normalize_record(record: dict, where: str) -> dict:
     """A prompt, its reference answer and all other columns, in the schema RECORD.
 
-    The prompt is all before the first assistant turn of a conversation, and that turn the reference (the column
-    `assistant`); or it is `prompt`, a text or a list of turns, and the reference the first of REFERENCES.
+    The prompt is `prompt`, a text or a list of turns; or all before the first assistant turn of a conversation (the
+    column `assistant`). The reference is the first of REFERENCES that the record has, else that turn. Beside one of
+    REFERENCES, a conversation that ends with a user turn is the prompt as a whole.
 
     Raises:
         ValueError: names the record, the field, what was found, what was expected and the mend.
     """
     fields = record if isinstance(record, dict) else {}
     columns = {key: value for key, value in fields.items() if key not in READ}
-    prompt, left_out = fields.get("prompt"), []
+    prompt, reference, left_out = fields.get("prompt"), reference_beside(fields, where), []
     if prompt is not None:
         if both := [key for key in ("conversations", "messages") if fields.get(key) is not None]:
             raise ValueError(f"{where}: fields 'prompt' and {both[0]!r} are both there: keep one of them")
@@ -200,29 +219,28 @@ def normalize_record(record: dict, where: str) -> dict:
         if row["messages"][-1]["role"] != "user":
             raise ValueError(f"{where}: 'prompt' must end with a user turn: put the answer into a column of its own, "
                              f"such as {REFERENCES[0]!r}")  # fmt: skip
-        reference = next((columns[key] for key in REFERENCES if columns.get(key) is not None), None)
-        if reference is not None and not isinstance(reference, (str, int, float)):
-            raise ValueError(f"{where}: the reference answer must be a text or a number, got {reference!r:.80}")
     else:
-        row, reference = mv.normalize_conversation(record, where), None
+        row = mv.normalize_conversation(record, where)
         roles = [message["role"] for message in row["messages"]]
-        if "assistant" in roles:
+        if "assistant" in roles and (reference is None or roles[-1] == "assistant"):
             i = roles.index("assistant")
-            reference = "".join(part["text"] or "" for part in row["messages"][i]["content"])
-            columns["assistant"] = {"role": "assistant", "content": reference}
+            answer = "".join(part["text"] or "" for part in row["messages"][i]["content"])
+            if reference is None and not answer.strip():
+                raise ValueError(f"{where}: the reference answer is empty: write it or drop the record")
+            reference = answer if reference is None else reference
+            columns["assistant"] = {"role": "assistant", "content": answer}
             row["messages"], left_out = row["messages"][:i], row["messages"][i + 1 :]
         if any(part["type"] != "text" for message in left_out for part in message["content"]):
             raise ValueError(f"{where}: a video or image in a turn after the first answer, which is not read: put it "
                              "before, or write the turns as 'prompt'")  # fmt: skip
-    if reference is not None and not str(reference).strip():
-        raise ValueError(f"{where}: the reference answer is empty: write it or drop the record")
     try:
-        columns = json.dumps(columns)
+        text = json.dumps(columns)
     except TypeError as error:
         raise ValueError(f"{where}: a column is neither text, number, list nor object ({error}): drop it") from None
     return {
         **row, "completions": [], "prompt": prompt if isinstance(prompt, str) else None,
-        "reference": None if reference is None else str(reference), "columns": columns, "left_out": len(left_out),
+        "reference": reference, "columns": text, "column_names": list(columns),
+        "left_out": len(left_out),
     }  # fmt: skip
 
 
@@ -319,6 +337,25 @@ def choice_reward(completions, reference, **kwargs) -> list[float | None]:
 BUILT_IN = {"accuracy": accuracy_reward, "format": format_reward, "numeric": numeric_reward, "choice": choice_reward}
 
 
+@cache
+def load_reward_file(path: Path):
+    """The module of a file of reward functions, None if it is no Python file: run once per process.
+
+    Dataclasses, pickle and typing look it up in sys.modules: it is there under a name that nothing else has.
+    """
+    name = f"reward_file_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{hashlib.sha256(bytes(path)).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        return None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
 def load_rewards(names: list[str]) -> dict:
     """The functions of --reward_funcs by their names: built-in ones, and `file.py:function`.
 
@@ -339,19 +376,20 @@ def load_rewards(names: list[str]) -> dict:
                 raise mv.InputError(f"--reward_funcs {name}: no such file: {file}")
             if str(Path(file).resolve().parent) not in sys.path:
                 sys.path.append(str(Path(file).resolve().parent))  # for what it imports from beside it
-            spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-            if spec is None:
-                raise mv.InputError(f"--reward_funcs {name}: {file} is no Python file")
-            module = importlib.util.module_from_spec(spec)
             try:
-                spec.loader.exec_module(module)
+                module = load_reward_file(Path(file).resolve())
             except Exception as error:
                 raise mv.InputError(f"--reward_funcs {name}: {file} cannot be imported: {_told(error)}") from error
+            if module is None:
+                raise mv.InputError(f"--reward_funcs {name}: {file} is no Python file")
             function = getattr(module, function_name, None)
             if not callable(function) or inspect.iscoroutinefunction(function):
                 raise mv.InputError(f"--reward_funcs {name}: {file} has no plain function {function_name!r}")
-            kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
-            if inspect.Parameter.VAR_KEYWORD not in kinds:
+            parameters = inspect.signature(function).parameters.values()
+            if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters):
+                raise mv.InputError(f"--reward_funcs {name}: {function_name} is given everything by name: remove the "
+                                    "'/' from its parameters")  # fmt: skip
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
                 raise mv.InputError(f"--reward_funcs {name}: {function_name} must take **kwargs: it is given prompts, "
                                     "completions, completion_ids and every column of the records")  # fmt: skip
         if function_name in functions:
@@ -366,14 +404,43 @@ def _told(error):
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
 
 
-def reward_inputs(groups: list[dict]) -> dict:
-    """What a reward function is given, one entry per completion: prompts, completions, completion_ids and columns."""
-    inputs = {"prompts": [], "completions": [], "completion_ids": []}
-    columns = [
-        {"reference": group["record"]["reference"], **json.loads(group["record"]["columns"])} for group in groups
-    ]
-    inputs |= {key: [] for column in columns for key in column}
-    for group, column in zip(groups, columns):
+def column_names(records) -> list[str]:
+    """The columns of a data set for reward functions: every name that any of its records has."""
+    chunks = records.data.column("column_names").chunks
+    return list(dict.fromkeys(name for chunk in chunks for name in chunk.flatten().unique().to_pylist()))
+
+
+GIVEN = ("prompts", "completions", "completion_ids", "reference")  # besides the columns, to every reward function
+
+
+def check_parameters(flag: str, source: str, columns: list[str], functions: dict):
+    """Make sure that the records have what reward functions ask for by name.
+
+    Raises:
+        InputError: names the function, the parameters, the data file and the columns that there are.
+    """
+    for name, function in functions.items():
+        # The function's own, not those of one that it wraps, for which it may fill some in.
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+        needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty
+                  and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]  # fmt: skip
+        if missing := [parameter for parameter in needed if parameter not in (*GIVEN, *columns)]:
+            many = "parameters" if len(missing) > 1 else "parameter"
+            there = f"{', '.join(columns) or 'none'} (and always {', '.join(GIVEN)})"
+            raise mv.InputError(f"--reward_funcs {name}: no column of {flag} {source} for its {many} "
+                                f"{', '.join(map(repr, missing))}: there are {there}. Add it to the records, or give "
+                                f"the {many} a default")  # fmt: skip
+
+
+def reward_inputs(groups: list[dict], columns: list[str]) -> dict:
+    """What a reward function is given, a list with one entry per completion for each of GIVEN and of the columns.
+
+    `columns` are those of the data set: what a record lacks of them is None.
+    """
+    names = [*dict.fromkeys(["reference", *(name for name in columns if name not in GIVEN[:3])])]
+    inputs = {name: [] for name in (*GIVEN[:3], *names)}
+    for group in groups:
+        own = {"reference": group["record"]["reference"], **json.loads(group["record"]["columns"])}
         plain = group["record"]["prompt"]
         turns = [{"role": turn["role"], "content": [
             {"type": "text", "text": part["text"]} if part["type"] == "text" else
@@ -384,12 +451,12 @@ def reward_inputs(groups: list[dict]) -> dict:
             inputs["prompts"].append(turns if plain is None else plain)
             inputs["completions"].append([{"role": "assistant", "content": text}] if plain is None else text)
             inputs["completion_ids"].append(ids)
-            for key in inputs.keys() - {"prompts", "completions", "completion_ids"}:
-                inputs[key].append(column.get(key))
+            for key in names:
+                inputs[key].append(own.get(key))
     return inputs
 
 
-def score(functions: dict, groups: list[dict]) -> torch.Tensor:
+def score(functions: dict, groups: list[dict], columns: list[str]) -> torch.Tensor:
     """Rewards of every completion by every function: float64 [P, G, F] for P groups, NaN where it is not applicable.
 
     Raises:
@@ -399,12 +466,12 @@ def score(functions: dict, groups: list[dict]) -> torch.Tensor:
     rewards = torch.full((*shape, len(functions)), math.nan, dtype=torch.float64)
     for f, (name, function) in enumerate(functions.items() if groups else ()):
         try:
-            values = function(**reward_inputs(groups))
+            values = function(**reward_inputs(groups, columns))
         except Exception as error:
             culprit, told = " or ".join(group["record"]["id"] for group in groups), _told(error)
             for group in groups:  # which one? the first that fails alone
                 try:
-                    function(**reward_inputs([group]))
+                    function(**reward_inputs([group], columns))
                 except Exception as again:
                     culprit, told = group["record"]["id"], _told(again)
                     break
@@ -637,10 +704,10 @@ def make_groups(engine, samples, indices, records, encoder, args, step, caught) 
     return [] if caught else groups
 
 
-def reward_groups(functions: dict, groups: list[dict], args):
+def reward_groups(functions: dict, groups: list[dict], columns: list[str], args):
     """Give every group its `rewards` (float64 [G, F]) and their weighted sum `reward` ([G]; NaN: none applies)."""
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)
-    for group, rewards in zip(groups, score(functions, groups)):
+    for group, rewards in zip(groups, score(functions, groups, columns)):
         total = (rewards * weights).nansum(-1)
         group |= {"rewards": rewards, "reward": total.where(~rewards.isnan().all(-1), math.nan)}
 
@@ -739,7 +806,7 @@ def check_references(flag: str, records, names: list[str]):
     if needing and missing:
         first = next(row["id"] for row in records if row["reference"] is None)
         raise mv.InputError(f"{flag}: {missing} records have no reference answer, first {first}, but --reward_funcs "
-                            f"{needing[0]} needs one: add an assistant ('gpt') turn, or beside 'prompt' one of the "
+                            f"{needing[0]} needs one: add an assistant ('gpt') turn, or one of the "
                             f"columns {', '.join(REFERENCES)}")  # fmt: skip
 
 
@@ -780,7 +847,7 @@ def _number(value):
 
 
 @torch.no_grad()
-def evaluate(engine, stream, records, encoder, functions, args, caught) -> dict | None:
+def evaluate(engine, stream, records, encoder, functions, columns, args, caught) -> dict | None:
     """Greedy answers to all of `records`: the means of `eval_reward`, every reward, and `eval_accuracy`.
 
     None if a process was asked to stop meanwhile.
@@ -797,7 +864,7 @@ def evaluate(engine, stream, records, encoder, functions, args, caught) -> dict 
             if mv.stop_asked(accelerator, caught):
                 return None
             groups = make_groups(engine, samples, indices, records, encoder, args, None, caught)
-            reward_groups(functions, groups, args)
+            reward_groups(functions, groups, columns, args)
             sums += group_sums(groups, stops, args)
             for group in groups:
                 (value,) = accuracy_reward(group["texts"], [group["record"]["reference"]])
@@ -844,6 +911,10 @@ def main():
     functions = load_rewards(args.reward_funcs)
     for name, table in (("--data_path", records), ("--eval_path", eval_records)):
         check_references(name, table, args.reward_funcs)
+    columns, eval_columns = column_names(records), column_names(eval_records) if eval_records else None
+    check_parameters("--data_path", args.data_path, columns, functions)
+    if eval_records:
+        check_parameters("--eval_path", args.eval_path, eval_columns, functions)
     encoder = mv.Encoder(args.model_id, args)
     stream = mv.SampleStream(encoder, args)
     batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
@@ -898,7 +969,7 @@ def main():
     while True:
         epoch = state["samples_seen"] / len(records)
         if state["eval_due"]:
-            result = evaluate(engine, stream, eval_records, encoder, functions, args, caught)
+            result = evaluate(engine, stream, eval_records, encoder, functions, eval_columns, args, caught)
             if stop := result is None:
                 break
             result = mv.finite_result(result)
@@ -930,7 +1001,7 @@ def main():
             with engine.gathered():
                 groups = make_groups(engine, encoded, indices, records, encoder, args, state["step"], caught)
             rollout_seconds = time.perf_counter() - started - data_wait
-            reward_groups(functions, groups, args)
+            reward_groups(functions, groups, columns, args)
             told, std = statistics(accelerator.reduce(group_sums(groups, stops, args).to(accelerator.device)).cpu(),
                                    list(functions))  # fmt: skip
             for group in groups:
