@@ -229,10 +229,10 @@ def normalize_record(record: dict, where: str) -> dict:
                 raise ValueError(f"{where}: the reference answer is empty: write it or drop the record")
             reference = answer if reference is None else reference
             columns["assistant"] = {"role": "assistant", "content": answer}
+            if any(part["type"] != "text" for message in row["messages"][i:] for part in message["content"]):
+                raise ValueError(f"{where}: a video or image in the first answer or a turn after it, which is not "
+                                 "read: put it before, or write the turns as 'prompt'")  # fmt: skip
             row["messages"], left_out = row["messages"][:i], row["messages"][i + 1 :]
-        if any(part["type"] != "text" for message in left_out for part in message["content"]):
-            raise ValueError(f"{where}: a video or image in a turn after the first answer, which is not read: put it "
-                             "before, or write the turns as 'prompt'")  # fmt: skip
     try:
         text = json.dumps(columns)
     except TypeError as error:
@@ -386,7 +386,8 @@ def load_rewards(names: list[str]) -> dict:
             if not callable(function) or inspect.iscoroutinefunction(function):
                 raise mv.InputError(f"--reward_funcs {name}: {file} has no plain function {function_name!r}")
             parameters = inspect.signature(function).parameters.values()
-            if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters):
+            own = inspect.signature(function, follow_wrapped=False).parameters.values()
+            if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in own):
                 raise mv.InputError(f"--reward_funcs {name}: {function_name} is given everything by name: remove the "
                                     "'/' from its parameters")  # fmt: skip
             if all(p.kind is not p.VAR_KEYWORD for p in parameters):
@@ -878,16 +879,16 @@ def evaluate(engine, stream, records, encoder, functions, columns, args, caught)
         return None
     mv.check_evaluated(accelerator, args, int(sums[0]), records)
     told, _ = statistics(sums[:-3], list(functions))
-    if math.isnan(told["reward"]):
+    broken = bool(sums[-1])  # answers of a model whose log-probabilities are not finite mean nothing
+    if math.isnan(told["reward"]) and not broken:
         mv.stop_all(
             accelerator, f"--eval_path {args.eval_path}: no reward function is applicable to any of its records"
         )
     told = {key: value for key, value in told.items() if key not in ("reward_std", "frac_reward_zero_std")}
     if sums[-2]:
         told["accuracy"] = (sums[-3] / sums[-2]).item()
-    told = {f"eval_{key}": value for key, value in told.items() if math.isfinite(value)}
-    if sums[-1]:  # answers of a model whose log-probabilities are not finite mean nothing
-        told = dict.fromkeys(told, math.nan)
+    told = {f"eval_{key}": math.nan if broken else value for key, value in told.items()
+            if broken or math.isfinite(value)}  # fmt: skip
     return told | {"eval_samples": int(sums[0])}
 
 

@@ -909,7 +909,10 @@ def test_references_beside_a_conversation(field, key, value, expected):
     ({"prompt": "<video> a"}, "1 <video> tags for 0 videos"),
     ({"video": "a.mp4", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
                                           {"from": "human", "value": "<video>"}]},
-     "in a turn after the first answer, which is not read"),
+     "in the first answer or a turn after it, which is not read"),
+    ({"video": "a.mp4", "answer": "c", "conversations": [{"from": "human", "value": "a"},
+                                                         {"from": "gpt", "value": "<video>"}]},
+     "in the first answer or a turn after it, which is not read"),
     ({"conversations": [{"from": "gpt", "value": "b"}]}, "first turn after any system turn must be the user's"),
     ("text", "a record must be an object"),
 ])  # fmt: skip
