@@ -154,7 +154,10 @@ class TrainingArguments:
     system_prompt: str | None = arg(None, "System message of records without one (default: the chat template's).")
     max_seq_length: int = arg(32768, "Longest sample in tokens, visual tokens included; nothing is ever cut.")
     on_long_sample: str = arg(
-        "error", "A sample over --max_seq_length: stop the run, or skip it and count it.", choices=["error", "skip"]
+        "error",
+        "A sample over --max_seq_length: stop the run, or skip it and count it (a step that has no other updates "
+        "nothing).",
+        choices=["error", "skip"],
     )
     dataloader_num_workers: int = arg(
         4, "Decoding processes beside each training process; 0 decodes in the trainer, which a bad file may then hang."
@@ -231,7 +234,9 @@ class TrainingArguments:
     load_best_model_at_end: bool = arg(False, "The final model is the best checkpoint's, not the last step's.")
     metric_for_best_model: str = arg("eval_loss", "Metric of an evaluation that decides which one is best.")
     greater_is_better: bool = arg(False, "A higher --metric_for_best_model is better (default: unless it is a loss).")
-    early_stopping_patience: int = arg(0, "Stop after this many evaluations without improvement; 0: never.")
+    early_stopping_patience: int = arg(
+        0, "Stop after this many evaluations without improvement, such as one that is not finite; 0: never."
+    )
     early_stopping_threshold: float = arg(0.0, "An improvement must exceed this to count for early stopping.")
     resume_from_checkpoint: str | None = arg(None, "auto (or True): the newest complete checkpoint; or its path.")
     resume_force: bool = arg(False, "Resume although the model, data, seed, batch or precision is another one.")

@@ -127,7 +127,9 @@ class GRPOArguments(mv.TrainingArguments):
     importance_sampling_level: str = mv.arg(
         "token", "Ratios per token, or their geometric mean over the completion.", choices=["token", "sequence"]
     )
-    mask_truncated_completions: bool = mv.arg(False, "Learn nothing from completions without an end.")
+    mask_truncated_completions: bool = mv.arg(
+        False, "Learn nothing from completions without an end (a step that has no other updates nothing)."
+    )
 
     def check(self, given: set[str]) -> list[str]:
         """What is wrong with these flags, as sentences; derived defaults are filled in."""

@@ -20,6 +20,8 @@ import multivideo as mv
 
 STEPS = 5
 SKIPPED = (1, 3)  # windows (from 0) of which every record is too long
+HALF = 2  # and one of which the second is: the other process has something to learn
+SAMPLES = [(2, 0), (0, 2), (1, 1), (0, 2), (1, 0)]  # of each window: learned, skipped
 
 
 def run(monkeypatch, script, *flags):
@@ -46,12 +48,12 @@ def read_strictly(path):
 
 @pytest.fixture(scope="module")
 def flags(tiny_model, tmp_path_factory):
-    """script → flags: 9 records in steps of 2 rows, those of the windows SKIPPED over --max_seq_length 200."""
+    """script → flags: 9 records in steps of 2 rows, over --max_seq_length 200 are both of SKIPPED and one of HALF."""
     folder = tmp_path_factory.mktemp("nothing_learned")
     table = write_data(folder, tiny_model)
-    long = {i for k, (window, _) in enumerate(zip(mv.step_windows(9, 2, 42, 0), range(STEPS)))
-            if k in SKIPPED for i in window[0]}  # fmt: skip
-    assert len(long) == 4
+    windows = [window for (window, _), _ in zip(mv.step_windows(9, 2, 42, 0), range(STEPS))]
+    long = {*windows[SKIPPED[0]], *windows[SKIPPED[1]], windows[HALF][1]}
+    assert len(long) == 5
     for own in table.values():
         path = Path(value_of(own, "--data_path"))
         records = json.loads(path.read_text())
@@ -213,7 +215,7 @@ def assert_rows(folder, own=()):
     for k, row in enumerate(rows):
         skipped = k in SKIPPED
         assert {row[key] is None for key in ("loss", "grad_norm", *own)} == {skipped}, row
-        assert (row["samples"], row["skipped_samples"]) == ((0, 2) if skipped else (2 if k < 4 else 1, 0))
+        assert (row["samples"], row["skipped_samples"]) == SAMPLES[k]
         assert (row["supervised_tokens"] == 0) is skipped and "not_finite" not in row
     return rows
 
