@@ -155,7 +155,10 @@ class TrainingArguments:
     system_prompt: str | None = arg(None, "System message of records without one (default: the chat template's).")
     max_seq_length: int = arg(32768, "Longest sample in tokens, visual tokens included; nothing is ever cut.")
     on_long_sample: str = arg(
-        "error", "A sample over --max_seq_length: stop the run, or skip it and count it.", choices=["error", "skip"]
+        "error",
+        "A sample over --max_seq_length: stop the run, or skip it and count it (a step that has no other updates "
+        "nothing).",
+        choices=["error", "skip"],
     )
     dataloader_num_workers: int = arg(
         4, "Decoding processes beside each training process; 0 decodes in the trainer, which a bad file may then hang."
@@ -232,7 +235,9 @@ class TrainingArguments:
     load_best_model_at_end: bool = arg(False, "The final model is the best checkpoint's, not the last step's.")
     metric_for_best_model: str = arg("eval_loss", "Metric of an evaluation that decides which one is best.")
     greater_is_better: bool = arg(False, "A higher --metric_for_best_model is better (default: unless it is a loss).")
-    early_stopping_patience: int = arg(0, "Stop after this many evaluations without improvement; 0: never.")
+    early_stopping_patience: int = arg(
+        0, "Stop after this many evaluations without improvement, such as one that is not finite; 0: never."
+    )
     early_stopping_threshold: float = arg(0.0, "An improvement must exceed this to count for early stopping.")
     resume_from_checkpoint: str | None = arg(None, "auto (or True): the newest complete checkpoint; or its path.")
     resume_force: bool = arg(False, "Resume although the model, data, seed, batch or precision is another one.")
@@ -2312,6 +2317,14 @@ def load_adapter(model, args: TrainingArguments, path: str | None):
     peft.set_peft_model_state_dict(model, {**wanted, **weights})
 
 
+def adapter_off_is_start(args: TrainingArguments) -> bool:
+    """Whether the trained model without its adapter is the one before training.
+
+    Switched off, an adapter leaves what it was put on: not another adapter, and not biases as they were.
+    """
+    return args.lora_enable and not args.lora_weight_path and args.lora_bias == "none"
+
+
 def part_of(name: str) -> str:
     """The part of a model that a parameter is in: "vision", "merger", "llm" (with lm_head), a classifier's "head"."""
     if "score" in name.split("."):
@@ -3305,6 +3318,8 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     if lacking := sorted(state.keys() - saved.keys()):
         raise InputError(f"{folder}: trainer_state.json has no {', '.join(lacking)}: another version wrote it")
     saved["run"].setdefault("position rule", OLD_POSITION_RULE)
+    if saved["best"] is not None and not math.isfinite(saved["best"]):  # an earlier version's
+        saved["best"] = saved["best_checkpoint"] = None
     changed = {key: f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()
                if saved["run"].get(key) != value}  # fmt: skip
     if "position rule" in changed:
@@ -3455,8 +3470,37 @@ def cut_jsonl(path: Path, state: dict):
     os.replace(aside, path)
 
 
+def check_evaluated(accelerator: Accelerator, args: TrainingArguments, evaluated: int, records: Dataset):
+    """End the run when an evaluation skipped every record: it has no result; every process must call it."""
+    if not evaluated:
+        stop_all(accelerator, f"--eval_path {args.eval_path}: no record was evaluated, all {len(records)} were "
+                 "skipped: those that are too long need a higher --max_seq_length (GRPO: --max_prompt_length), "
+                 "--max_video_tokens, a lower --fps or smaller sizes; files that cannot be read are listed in "
+                 f"{Path(args.output_dir) / 'bad_videos.jsonl'}: fix them or remove their records")  # fmt: skip
+
+
+def finite_result(result: dict) -> dict:
+    """An evaluation's row for metrics.jsonl: null for each value that is not finite, then with `not_finite`."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+    return row | {"not_finite": True} if None in row.values() else row
+
+
+def numbers(row: dict) -> dict:
+    """What trackers can draw of a row: its numbers, without null, flags and matrices."""
+    return {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def result_text(result: dict) -> str:
+    """The numbers of finite_result in one line."""
+    missing = {key: "not finite" for key, value in result.items() if value is None}
+    shown = {key: f"{value:.6g}" for key, value in numbers(result).items()}
+    return ", ".join(f"{key} {(missing | shown)[key]}" for key in result if key in missing or key in shown)
+
+
 def judge(state: dict, result: dict, args: TrainingArguments) -> bool:
-    """Whether an evaluation is the best so far; keeps `best` and `evals_without_gain` of the state.
+    """Whether a finite_result is the best so far; keeps `best` and `evals_without_gain` of the state.
+
+    One with a value that is not finite never is, whatever --metric_for_best_model: it counts as no improvement.
 
     Raises:
         InputError: --metric_for_best_model is not among its results.
@@ -3465,7 +3509,10 @@ def judge(state: dict, result: dict, args: TrainingArguments) -> bool:
     if name not in result:
         raise InputError(f"--metric_for_best_model {args.metric_for_best_model}: evaluation gives {', '.join(result)}")
     sign = 1 if args.greater_is_better else -1
-    gain = math.inf if state["best"] is None else (result[name] - state["best"]) * sign
+    if "not_finite" in result:
+        gain = -math.inf
+    else:
+        gain = math.inf if state["best"] is None else (result[name] - state["best"]) * sign
     state["evals_without_gain"] = 0 if gain > args.early_stopping_threshold else state["evals_without_gain"] + 1
     if gain > 0:
         state["best"] = result[name]

@@ -761,8 +761,8 @@ def judge_logits(records: Dataset, logits: np.ndarray, config) -> tuple[dict, li
 
 
 @torch.no_grad()
-def evaluate(engine, stream, records, encoder, args, weights, caught) -> tuple[dict, list[dict]] | None:
-    """Loss and metrics over all of `records`, and a row of predictions.jsonl for each.
+def evaluate(engine, stream, records, encoder, args, weights, caught) -> tuple[dict, list[dict] | None] | None:
+    """Loss and metrics over all of `records`, and a row of predictions.jsonl for each (no rows: logits not finite).
 
     None if a process was asked to stop meanwhile.
     """
@@ -788,13 +788,13 @@ def evaluate(engine, stream, records, encoder, args, weights, caught) -> tuple[d
     model.train()
     table, loss = accelerator.reduce(table).cpu(), accelerator.reduce(loss).item()
     kept = table[:, -1].nonzero()[:, 0].tolist()
-    if not kept:
-        mv.stop_all(accelerator, f"{args.eval_path}: no record was evaluated, all {len(records)} were skipped")
+    mv.check_evaluated(accelerator, args, len(kept), records)
     records, logits = records.select(kept), table[kept, :-1].numpy()
-    if broken := np.flatnonzero(~np.isfinite(logits).all(1)).tolist():
-        mv.stop_all(accelerator, f"evaluation: the outputs for record {some(broken, lambda i: records[i]['id'])} "
-                    "are not finite: lower --learning_rate")  # fmt: skip
-    result, predictions = judge_logits(records, logits, config)
+    if not np.isfinite(logits).all():  # the same names as ever, without a value, and nothing is predicted
+        result, _ = judge_logits(records, np.zeros_like(logits), config)
+        result, predictions, loss = dict.fromkeys(result, math.nan), None, math.nan
+    else:
+        result, predictions = judge_logits(records, logits, config)
     return {"eval_loss": loss / len(kept), "eval_samples": len(kept), **result}, predictions
 
 
@@ -885,6 +885,7 @@ def main():
             if stop := evaluation is None:
                 break
             result, predictions = evaluation
+            result = mv.finite_result(result)
             improved = mv.judge(state, result, args)
             state["eval_due"] = False
             state["save_due"] = state["save_due"] or (improved and args.load_best_model_at_end)
@@ -892,13 +893,11 @@ def main():
                 state["best_checkpoint"] = f"checkpoint-{state['step']}"
             if is_main:
                 mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
-                if improved or not args.load_best_model_at_end:  # those of the model that is published
+                bar.write(f"step {state['step']}: {mv.result_text(result)}")
+                if predictions and (improved or not args.load_best_model_at_end):  # of the model that is published
                     write_predictions(output_dir / "predictions.jsonl", predictions)
-            result.pop("eval_confusion_matrix", None)  # for the file alone
-            if is_main:
-                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
             if trackers:
-                accelerator.log(result, state["step"])
+                accelerator.log(mv.numbers(result), state["step"])
         if state["save_due"]:
             state["save_due"], saved_step = False, state["step"]
             mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
@@ -926,14 +925,15 @@ def main():
         if stop:
             break
         mv.check_bad_ratio(accelerator, args, state, counts)
-        window_tokens = max(counts["supervised_tokens"], 1)
+        window_tokens = counts["supervised_tokens"]
 
         # ---- forward, backward, step
         factor = mv.lr_factor(state["step"], total_steps, args)
         engine.set_learning_rate(factor)
-        step_loss = torch.zeros((), device=accelerator.device)
-        hits = torch.zeros((), device=accelerator.device)
-        for k, samples in enumerate(rows):
+        learning = counts["supervised_tokens"] > 0  # if not, no process computes or updates anything
+        step_loss = torch.full((), 0.0 if learning else math.nan, device=accelerator.device)
+        hits = torch.full((), 0.0 if learning else math.nan, device=accelerator.device)
+        for k, samples in enumerate(rows if learning else []):
             last = k == len(rows) - 1
             inputs, targets = pack(samples, encoder, model_config, accelerator.device)
             with engine.row(last):
@@ -948,10 +948,11 @@ def main():
                     loss_finite = bool(torch.isfinite(step_loss))
                     loss = loss if loss_finite else loss * math.nan  # then no process updates anything
                 engine.backward(loss)
-        grad_norm, overflow = engine.step()
-        bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
+        grad_norm, overflow = engine.step() if learning else (math.nan, False)
+        bad = learning and (not loss_finite or not (math.isfinite(grad_norm) or overflow))
         state["step"], state["samples_seen"] = state["step"] + 1, samples_seen
-        state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
+        if learning:
+            state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
 
         # ---- log
         seconds = time.perf_counter() - started
@@ -979,8 +980,9 @@ def main():
                 mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
         if trackers and state["step"] % args.logging_steps == 0:
             accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
+        progress = f"loss {float(step_loss):.4f}" if learning else "nothing to learn"
         bar.set_postfix_str(
-            f"loss {float(step_loss):.4f}, {counts['samples'] / seconds:.1f} samples/s, "
+            f"{progress}, {counts['samples'] / seconds:.1f} samples/s, "
             f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}"
         )
         bar.update()

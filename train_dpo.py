@@ -69,9 +69,9 @@ class DPOArguments(mv.TrainingArguments):
     )
     ref_model_id: str | None = mv.arg(
         None,
-        "Another model as the reference (default: the model as it is before training: with a new adapter the same "
-        "weights, adapter off; else a frozen copy: 4 bytes per parameter, 2 under DeepSpeed in bf16, split under "
-        "ZeRO-3 and FSDP2).",
+        "Another model as the reference (default: the model as it is before training: with a new adapter and "
+        "--lora_bias none the same weights, adapter off; else a frozen copy: 4 bytes per parameter, 2 under DeepSpeed "
+        "in bf16, split under ZeRO-3 and FSDP2).",
     )
     precompute_ref_log_probs: bool = mv.arg(
         False,
@@ -191,7 +191,9 @@ def loss_scales(args: DPOArguments, pairs: int, chosen_tokens: int) -> list[floa
 def metric_sums(logps: torch.Tensor, ref_logps: torch.Tensor, beta: float) -> torch.Tensor:
     """METRICS summed over the pairs of a row: two of [N, 2] → [6]. Rewards are β times log-ratios."""
     chosen, rejected = (beta * (logps - ref_logps)).unbind(1)
-    return torch.stack([chosen, rejected, (chosen > rejected).float(), chosen - rejected, *logps.unbind(1)]).sum(1)
+    margins = chosen - rejected
+    right = (margins > 0).float().where(~margins.isnan(), math.nan)
+    return torch.stack([chosen, rejected, right, margins, *logps.unbind(1)]).sum(1)
 
 
 def normalize_record(record: dict, where: str) -> dict:
@@ -300,6 +302,13 @@ def check_reference(args: DPOArguments, encoder: mv.Encoder):
     if differ:
         raise mv.InputError(f"--ref_model_id {args.ref_model_id} cannot judge --model_id {args.model_id}, it differs "
                             f"in {', '.join(differ)}: take a model of the same family")  # fmt: skip
+
+
+def frozen_copy_of(args: DPOArguments) -> str | None:
+    """The model that a run loads a frozen copy of, beside the trained one, as its reference; None: no copy."""
+    if args.precompute_ref_log_probs or (mv.adapter_off_is_start(args) and not args.ref_model_id):
+        return None
+    return args.ref_model_id or args.model_id
 
 
 def load_reference(args: DPOArguments, device):
@@ -517,8 +526,9 @@ def evaluate(engine, reference, stream, records, encoder, args, caught) -> dict 
     bar.close()
     model.train()
     pairs, tokens, chosen_tokens, *sums = accelerator.reduce(sums).tolist()
+    mv.check_evaluated(accelerator, args, pairs, records)
     scales = loss_scales(args, pairs, chosen_tokens)
-    metrics = {f"eval_{name}": total / max(pairs, 1) for name, total in zip(METRICS, sums[len(scales) :])}
+    metrics = {f"eval_{name}": total / pairs for name, total in zip(METRICS, sums[len(scales) :])}
     loss = sum(total * scale for total, scale in zip(sums, scales))
     return {"eval_loss": loss, **metrics, "eval_samples": int(pairs), "eval_tokens": int(tokens)}
 
@@ -551,8 +561,7 @@ def main():
     # ---- reference: numbers from a file, a frozen model, or the trained one without its adapter
     if args.ref_model_id:
         check_reference(args, encoder)
-    # Switched off, an adapter leaves what it was put on: not another adapter, and not biases as they were.
-    adapter_off = args.lora_enable and not (args.ref_model_id or args.lora_weight_path or args.lora_bias != "none")
+    adapter_off = mv.adapter_off_is_start(args) and not args.ref_model_id
     reference = eval_reference = None
     if args.precompute_ref_log_probs:
         data_sets = [
@@ -560,7 +569,7 @@ def main():
             (eval_records, args.eval_path, args.eval_image_folder),
         ]
         reference, eval_reference = reference_tables(accelerator, stream, data_sets, encoder, args)
-    elif not adapter_off:
+    elif frozen_copy_of(args):
         frozen = load_reference(args, accelerator.device)
         reference = eval_reference = mv.Engine(accelerator, frozen, args, frozen=True)
 
@@ -607,6 +616,7 @@ def main():
             result = evaluate(engine, eval_reference, stream, eval_records, encoder, args, caught)
             if stop := result is None:
                 break
+            result = mv.finite_result(result)
             improved = mv.judge(state, result, args)
             state["eval_due"] = False
             state["save_due"] = state["save_due"] or (improved and args.load_best_model_at_end)
@@ -614,9 +624,9 @@ def main():
                 state["best_checkpoint"] = f"checkpoint-{state['step']}"
             if is_main:
                 mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
-                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
+                bar.write(f"step {state['step']}: {mv.result_text(result)}")
             if trackers:
-                accelerator.log(result, state["step"])
+                accelerator.log(mv.numbers(result), state["step"])
         if state["save_due"]:
             state["save_due"], saved_step = False, state["step"]
             mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
@@ -652,8 +662,10 @@ def main():
         # ---- forward, backward, step
         factor = mv.lr_factor(state["step"], total_steps, args)
         engine.set_learning_rate(factor)
-        step_sums = torch.zeros(1 + len(METRICS), device=accelerator.device)  # loss, metrics
-        for k, (samples, indices) in enumerate(zip(rows, mine)):
+        learning = counts["supervised_tokens"] > 0  # if not, no process computes or updates anything
+        # loss, metrics
+        step_sums = torch.full((1 + len(METRICS),), 0.0 if learning else math.nan, device=accelerator.device)
+        for k, (samples, indices) in enumerate(zip(rows, mine) if learning else []):
             last = k == len(rows) - 1
             inputs, targets, sequences = packed = mv.pack(samples, encoder, accelerator.device)
             ref_logps = reference_logps(reference, packed, indices, samples)  # [pairs, 2]
@@ -663,16 +675,17 @@ def main():
                     # Gradients are averaged over processes: times world_size makes it the sum over the window.
                     loss = (loss_sums(logps, ref_logps, lengths, args) * scales).sum() * world_size
                 metrics = metric_sums(logps.detach(), ref_logps, args.beta)
-                step_sums += torch.cat([loss.detach()[None] / world_size, metrics / max(counts["samples"], 1)])
+                step_sums += torch.cat([loss.detach()[None] / world_size, metrics / counts["samples"]])
                 if last:
                     step_sums = accelerator.reduce(step_sums)
                     loss_finite = bool(torch.isfinite(step_sums[0]))
                     loss = loss if loss_finite else loss * math.nan  # then no process updates anything
                 engine.backward(loss)
-        grad_norm, overflow = engine.step()
-        bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
+        grad_norm, overflow = engine.step() if learning else (math.nan, False)
+        bad = learning and (not loss_finite or not (math.isfinite(grad_norm) or overflow))
         state["step"], state["samples_seen"] = state["step"] + 1, samples_seen
-        state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
+        if learning:
+            state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
 
         # ---- log
         seconds = time.perf_counter() - started
@@ -700,8 +713,9 @@ def main():
                 mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
         if trackers and state["step"] % args.logging_steps == 0:
             accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
+        progress = f"loss {float(step_sums[0]):.4f}" if learning else "nothing to learn"
         bar.set_postfix_str(
-            f"loss {float(step_sums[0]):.4f}, {counts['samples'] / seconds:.1f} samples/s, "
+            f"{progress}, {counts['samples'] / seconds:.1f} samples/s, "
             f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}"
         )
         bar.update()

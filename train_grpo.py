@@ -21,6 +21,7 @@ Launch, on a CPU or one GPU:
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import inspect
 import itertools
@@ -33,7 +34,7 @@ import time
 import traceback
 import zlib
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,8 @@ class GRPOArguments(mv.TrainingArguments):
             "help": "Rewards. accuracy: the answer is the reference but for case, spaces and outer punctuation, "
             "or equal by math_verify. format: <think>…</think> <answer>…</answer>. choice: the same letter. "
             "numeric: max(0, 1 − |x − y| / |y|) for the last number x, the reference's y. Or your own as "
-            "file.py:function, called as in TRL with prompts, completions and every column of the records."
+            "file.py:function, called as in TRL with prompts, completions and every column of the data set (None "
+            "where a record lacks it)."
         },
     )
     reward_weights: list[float] | None = field(
@@ -99,7 +101,12 @@ class GRPOArguments(mv.TrainingArguments):
     )
 
     # objective
-    beta: float = mv.arg(0.04, "Weight of the KL divergence from the model at the start; 0: no such model is held.")
+    beta: float = mv.arg(
+        0.04,
+        "Weight of the KL divergence from the model at the start (with a new adapter and --lora_bias none the same "
+        "weights, adapter off; else a frozen copy: 4 bytes per parameter, 2 under DeepSpeed in bf16, split under "
+        "ZeRO-3 and FSDP2); 0: no such model.",
+    )
     num_iterations: int = mv.arg(
         1, "Optimizer steps taken on each batch of completions; evaluation and checkpoints wait for the last of them."
     )
@@ -120,7 +127,9 @@ class GRPOArguments(mv.TrainingArguments):
     importance_sampling_level: str = mv.arg(
         "token", "Ratios per token, or their geometric mean over the completion.", choices=["token", "sequence"]
     )
-    mask_truncated_completions: bool = mv.arg(False, "Learn nothing from completions without an end.")
+    mask_truncated_completions: bool = mv.arg(
+        False, "Learn nothing from completions without an end (a step that has no other updates nothing)."
+    )
 
     def check(self, given: set[str]) -> list[str]:
         """What is wrong with these flags, as sentences; derived defaults are filled in."""
@@ -169,24 +178,41 @@ RECORD = Features({
     "prompt": Value("string"),  # only where the record's own is a text, which reward functions then get as it is
     "reference": Value("string"),
     "columns": Value("string"),  # JSON: all other fields, for reward functions
+    "column_names": List(Value("string")),
     "left_out": Value("int64"),  # turns after the first answer
 })  # fmt: skip
 READ = ("prompt", "completion", "conversations", "messages", "video", "videos", "image", "images")  # no columns
 REFERENCES = ("solution", "answer", "ground_truth", "reference")
 
 
+def reference_beside(fields: dict, where: str) -> str | None:
+    """The first of REFERENCES that a record has, as a text; None if it has none."""
+    for key in REFERENCES:
+        value = fields.get(key)
+        if mv._absent(value):
+            continue
+        if not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf) or value != value:
+            raise ValueError(f"{where}: field {key!r}: the reference answer must be a text or a number, got "
+                             f"{value!r:.80}: write it as one, or rename the field")  # fmt: skip
+        if not str(value).strip():
+            raise ValueError(f"{where}: field {key!r}: the reference answer is empty: write it or drop the record")
+        return str(value)
+    return None
+
+
 def normalize_record(record: dict, where: str) -> dict:
     """A prompt, its reference answer and all other columns, in the schema RECORD.
 
-    The prompt is all before the first assistant turn of a conversation, and that turn the reference (the column
-    `assistant`); or it is `prompt`, a text or a list of turns, and the reference the first of REFERENCES.
+    The prompt is `prompt`, a text or a list of turns; or all before the first assistant turn of a conversation (the
+    column `assistant`). The reference is the first of REFERENCES that the record has, else that turn. Beside one of
+    REFERENCES, a conversation that ends with a user turn is the prompt as a whole.
 
     Raises:
         ValueError: names the record, the field, what was found, what was expected and the mend.
     """
     fields = record if isinstance(record, dict) else {}
     columns = {key: value for key, value in fields.items() if key not in READ}
-    prompt, left_out = fields.get("prompt"), []
+    prompt, reference, left_out = fields.get("prompt"), reference_beside(fields, where), []
     if prompt is not None:
         if both := [key for key in ("conversations", "messages") if fields.get(key) is not None]:
             raise ValueError(f"{where}: fields 'prompt' and {both[0]!r} are both there: keep one of them")
@@ -195,29 +221,28 @@ def normalize_record(record: dict, where: str) -> dict:
         if row["messages"][-1]["role"] != "user":
             raise ValueError(f"{where}: 'prompt' must end with a user turn: put the answer into a column of its own, "
                              f"such as {REFERENCES[0]!r}")  # fmt: skip
-        reference = next((columns[key] for key in REFERENCES if columns.get(key) is not None), None)
-        if reference is not None and not isinstance(reference, (str, int, float)):
-            raise ValueError(f"{where}: the reference answer must be a text or a number, got {reference!r:.80}")
     else:
-        row, reference = mv.normalize_conversation(record, where), None
+        row = mv.normalize_conversation(record, where)
         roles = [message["role"] for message in row["messages"]]
-        if "assistant" in roles:
+        if "assistant" in roles and (reference is None or roles[-1] == "assistant"):
             i = roles.index("assistant")
-            reference = "".join(part["text"] or "" for part in row["messages"][i]["content"])
-            columns["assistant"] = {"role": "assistant", "content": reference}
+            answer = "".join(part["text"] or "" for part in row["messages"][i]["content"])
+            if reference is None and not answer.strip():
+                raise ValueError(f"{where}: the reference answer is empty: write it or drop the record")
+            reference = answer if reference is None else reference
+            columns["assistant"] = {"role": "assistant", "content": answer}
+            if any(part["type"] != "text" for message in row["messages"][i:] for part in message["content"]):
+                raise ValueError(f"{where}: a video or image in the first answer or a turn after it, which is not "
+                                 "read: put it before, or write the turns as 'prompt'")  # fmt: skip
             row["messages"], left_out = row["messages"][:i], row["messages"][i + 1 :]
-        if any(part["type"] != "text" for message in left_out for part in message["content"]):
-            raise ValueError(f"{where}: a video or image in a turn after the first answer, which is not read: put it "
-                             "before, or write the turns as 'prompt'")  # fmt: skip
-    if reference is not None and not str(reference).strip():
-        raise ValueError(f"{where}: the reference answer is empty: write it or drop the record")
     try:
-        columns = json.dumps(columns)
+        text = json.dumps(columns)
     except TypeError as error:
         raise ValueError(f"{where}: a column is neither text, number, list nor object ({error}): drop it") from None
     return {
         **row, "completions": [], "prompt": prompt if isinstance(prompt, str) else None,
-        "reference": None if reference is None else str(reference), "columns": columns, "left_out": len(left_out),
+        "reference": reference, "columns": text, "column_names": list(columns),
+        "left_out": len(left_out),
     }  # fmt: skip
 
 
@@ -314,6 +339,25 @@ def choice_reward(completions, reference, **kwargs) -> list[float | None]:
 BUILT_IN = {"accuracy": accuracy_reward, "format": format_reward, "numeric": numeric_reward, "choice": choice_reward}
 
 
+@cache
+def load_reward_file(path: Path):
+    """The module of a file of reward functions, None if it is no Python file: run once per process.
+
+    Dataclasses, pickle and typing look it up in sys.modules: it is there under a name that nothing else has.
+    """
+    name = f"reward_file_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{hashlib.sha256(bytes(path)).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        return None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
 def load_rewards(names: list[str]) -> dict:
     """The functions of --reward_funcs by their names: built-in ones, and `file.py:function`.
 
@@ -334,19 +378,21 @@ def load_rewards(names: list[str]) -> dict:
                 raise mv.InputError(f"--reward_funcs {name}: no such file: {file}")
             if str(Path(file).resolve().parent) not in sys.path:
                 sys.path.append(str(Path(file).resolve().parent))  # for what it imports from beside it
-            spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-            if spec is None:
-                raise mv.InputError(f"--reward_funcs {name}: {file} is no Python file")
-            module = importlib.util.module_from_spec(spec)
             try:
-                spec.loader.exec_module(module)
+                module = load_reward_file(Path(file).resolve())
             except Exception as error:
                 raise mv.InputError(f"--reward_funcs {name}: {file} cannot be imported: {_told(error)}") from error
+            if module is None:
+                raise mv.InputError(f"--reward_funcs {name}: {file} is no Python file")
             function = getattr(module, function_name, None)
             if not callable(function) or inspect.iscoroutinefunction(function):
                 raise mv.InputError(f"--reward_funcs {name}: {file} has no plain function {function_name!r}")
-            kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
-            if inspect.Parameter.VAR_KEYWORD not in kinds:
+            parameters = inspect.signature(function).parameters.values()
+            own = inspect.signature(function, follow_wrapped=False).parameters.values()
+            if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in own):
+                raise mv.InputError(f"--reward_funcs {name}: {function_name} is given everything by name: remove the "
+                                    "'/' from its parameters")  # fmt: skip
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
                 raise mv.InputError(f"--reward_funcs {name}: {function_name} must take **kwargs: it is given prompts, "
                                     "completions, completion_ids and every column of the records")  # fmt: skip
         if function_name in functions:
@@ -361,14 +407,43 @@ def _told(error):
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
 
 
-def reward_inputs(groups: list[dict]) -> dict:
-    """What a reward function is given, one entry per completion: prompts, completions, completion_ids and columns."""
-    inputs = {"prompts": [], "completions": [], "completion_ids": []}
-    columns = [
-        {"reference": group["record"]["reference"], **json.loads(group["record"]["columns"])} for group in groups
-    ]
-    inputs |= {key: [] for column in columns for key in column}
-    for group, column in zip(groups, columns):
+def column_names(records) -> list[str]:
+    """The columns of a data set for reward functions: every name that any of its records has."""
+    chunks = records.data.column("column_names").chunks
+    return list(dict.fromkeys(name for chunk in chunks for name in chunk.flatten().unique().to_pylist()))
+
+
+GIVEN = ("prompts", "completions", "completion_ids", "reference")  # besides the columns, to every reward function
+
+
+def check_parameters(flag: str, source: str, columns: list[str], functions: dict):
+    """Make sure that the records have what reward functions ask for by name.
+
+    Raises:
+        InputError: names the function, the parameters, the data file and the columns that there are.
+    """
+    for name, function in functions.items():
+        # The function's own, not those of one that it wraps, for which it may fill some in.
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+        needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty
+                  and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]  # fmt: skip
+        if missing := [parameter for parameter in needed if parameter not in (*GIVEN, *columns)]:
+            many = "parameters" if len(missing) > 1 else "parameter"
+            there = f"{', '.join(columns) or 'none'} (and always {', '.join(GIVEN)})"
+            raise mv.InputError(f"--reward_funcs {name}: no column of {flag} {source} for its {many} "
+                                f"{', '.join(map(repr, missing))}: there are {there}. Add it to the records, or give "
+                                f"the {many} a default")  # fmt: skip
+
+
+def reward_inputs(groups: list[dict], columns: list[str]) -> dict:
+    """What a reward function is given, a list with one entry per completion for each of GIVEN and of the columns.
+
+    `columns` are those of the data set: what a record lacks of them is None.
+    """
+    names = [*dict.fromkeys(["reference", *(name for name in columns if name not in GIVEN[:3])])]
+    inputs = {name: [] for name in (*GIVEN[:3], *names)}
+    for group in groups:
+        own = {"reference": group["record"]["reference"], **json.loads(group["record"]["columns"])}
         plain = group["record"]["prompt"]
         turns = [{"role": turn["role"], "content": [
             {"type": "text", "text": part["text"]} if part["type"] == "text" else
@@ -379,12 +454,12 @@ def reward_inputs(groups: list[dict]) -> dict:
             inputs["prompts"].append(turns if plain is None else plain)
             inputs["completions"].append([{"role": "assistant", "content": text}] if plain is None else text)
             inputs["completion_ids"].append(ids)
-            for key in inputs.keys() - {"prompts", "completions", "completion_ids"}:
-                inputs[key].append(column.get(key))
+            for key in names:
+                inputs[key].append(own.get(key))
     return inputs
 
 
-def score(functions: dict, groups: list[dict]) -> torch.Tensor:
+def score(functions: dict, groups: list[dict], columns: list[str]) -> torch.Tensor:
     """Rewards of every completion by every function: float64 [P, G, F] for P groups, NaN where it is not applicable.
 
     Raises:
@@ -394,12 +469,12 @@ def score(functions: dict, groups: list[dict]) -> torch.Tensor:
     rewards = torch.full((*shape, len(functions)), math.nan, dtype=torch.float64)
     for f, (name, function) in enumerate(functions.items() if groups else ()):
         try:
-            values = function(**reward_inputs(groups))
+            values = function(**reward_inputs(groups, columns))
         except Exception as error:
             culprit, told = " or ".join(group["record"]["id"] for group in groups), _told(error)
             for group in groups:  # which one? the first that fails alone
                 try:
-                    function(**reward_inputs([group]))
+                    function(**reward_inputs([group], columns))
                 except Exception as again:
                     culprit, told = group["record"]["id"], _told(again)
                     break
@@ -426,9 +501,13 @@ def score(functions: dict, groups: list[dict]) -> torch.Tensor:
 
 
 def sample_tokens(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Tokens by inverse transform sampling: scores [R, V] (fp32 logits), draws [R] (uniform in [0, 1), fp64) → [R]."""
+    """Tokens by inverse transform sampling: scores [R, V] (fp32 logits), draws [R] (uniform in [0, 1), fp64) → [R].
+
+    Of scores that are not finite (the step on them is a bad one) it is the last token.
+    """
     cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=scores.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -628,10 +707,10 @@ def make_groups(engine, samples, indices, records, encoder, args, step, caught) 
     return [] if caught else groups
 
 
-def reward_groups(functions: dict, groups: list[dict], args):
+def reward_groups(functions: dict, groups: list[dict], columns: list[str], args):
     """Give every group its `rewards` (float64 [G, F]) and their weighted sum `reward` ([G]; NaN: none applies)."""
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)
-    for group, rewards in zip(groups, score(functions, groups)):
+    for group, rewards in zip(groups, score(functions, groups, columns)):
         total = (rewards * weights).nansum(-1)
         group |= {"rewards": rewards, "reward": total.where(~rewards.isnan().all(-1), math.nan)}
 
@@ -656,10 +735,10 @@ def statistics(sums: torch.Tensor, names: list[str]) -> tuple[dict, float]:
     groups, stds, zero, completions, tokens, cut, scored, total, squares, *each = sums.tolist()
     told = {
         "reward": total / scored if scored else math.nan,
-        "reward_std": stds / max(groups, 1),
-        "frac_reward_zero_std": zero / max(groups, 1),
-        "completions/mean_length": tokens / max(completions, 1),
-        "completions/clipped_ratio": cut / max(completions, 1),
+        "reward_std": stds / (groups or math.nan),
+        "frac_reward_zero_std": zero / (groups or math.nan),
+        "completions/mean_length": tokens / (completions or math.nan),
+        "completions/clipped_ratio": cut / (completions or math.nan),
         "completions/unscored": int(completions - scored),
     }
     for name, value, count in zip(names, each[: len(names)], each[len(names) :]):
@@ -668,8 +747,9 @@ def statistics(sums: torch.Tensor, names: list[str]) -> tuple[dict, float]:
     return told, math.sqrt(max(variance, 0.0)) if variance == variance else math.nan
 
 
-def groups_with_gradient(groups, args) -> list[dict]:
+def groups_with_gradient(groups, stops: list[int], args) -> list[dict]:
     """Those of some groups that are learned: without --beta, not those whose advantages are all 0."""
+    groups = [group for group in groups if any(is_learned(tokens, stops, args) for tokens in group["ids"])]
     return [group for group in groups if args.beta or group["advantages"].any()]
 
 
@@ -692,10 +772,19 @@ def is_learned(tokens: list[int], stops: list[int], args) -> bool:
     return not args.mask_truncated_completions or tokens[-1] in stops
 
 
+def frozen_copy_of(args) -> str | None:
+    """The model that a run loads a frozen copy of, beside the trained one, as its reference; None: no copy."""
+    return None if not args.beta or mv.adapter_off_is_start(args) else args.model_id
+
+
 def load_reference(args, device):
     """The model at the start, in the types of the trained one: the same numbers."""
+    own = replace(args, gradient_checkpointing=False)
+    if not own.lora_weight_path:  # an adapter that decides the types, and is taken off again
+        own = replace(own, lora_namespan_exclude="['lm_head', 'embed_tokens']", num_lora_modules=1, use_dora=False)
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):  # adapters begin at random
-        return mv.load_model(replace(args, gradient_checkpointing=False), device)
+        model = mv.load_model(own, device)
+    return model.unload() if args.lora_enable and not own.lora_weight_path else model
 
 
 @torch.no_grad()
@@ -720,7 +809,7 @@ def check_references(flag: str, records, names: list[str]):
     if needing and missing:
         first = next(row["id"] for row in records if row["reference"] is None)
         raise mv.InputError(f"{flag}: {missing} records have no reference answer, first {first}, but --reward_funcs "
-                            f"{needing[0]} needs one: add an assistant ('gpt') turn, or beside 'prompt' one of the "
+                            f"{needing[0]} needs one: add an assistant ('gpt') turn, or one of the "
                             f"columns {', '.join(REFERENCES)}")  # fmt: skip
 
 
@@ -761,7 +850,7 @@ def _number(value):
 
 
 @torch.no_grad()
-def evaluate(engine, stream, records, encoder, functions, args, caught) -> dict | None:
+def evaluate(engine, stream, records, encoder, functions, columns, args, caught) -> dict | None:
     """Greedy answers to all of `records`: the means of `eval_reward`, every reward, and `eval_accuracy`.
 
     None if a process was asked to stop meanwhile.
@@ -771,33 +860,37 @@ def evaluate(engine, stream, records, encoder, functions, args, caught) -> dict 
     own = mv.micro_batches(list(range(len(records))), args.per_device_eval_batch_size,
                            accelerator.process_index, accelerator.num_processes)  # fmt: skip
     stops = end_tokens(engine.raw_model, encoder)
-    sums, right = torch.zeros(9 + 2 * len(functions), dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    sums, right = torch.zeros(9 + 2 * len(functions), dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     bar = tqdm(total=len(own), desc="eval", leave=False, disable=not accelerator.is_main_process)
     with engine.gathered():
         for indices, samples in zip(own, stream.batches(records, own, args.eval_image_folder)):
             if mv.stop_asked(accelerator, caught):
                 return None
             groups = make_groups(engine, samples, indices, records, encoder, args, None, caught)
-            reward_groups(functions, groups, args)
+            reward_groups(functions, groups, columns, args)
             sums += group_sums(groups, stops, args)
             for group in groups:
                 (value,) = accuracy_reward(group["texts"], [group["record"]["reference"]])
-                right += torch.tensor([value or 0.0, value is not None], dtype=torch.float64)
+                finite = all(map(math.isfinite, group["logps"][0]))
+                right += torch.tensor([value or 0.0, value is not None, not finite], dtype=torch.float64)
             bar.update()
     bar.close()
     model.train()
     sums = accelerator.reduce(torch.cat([sums, right]).to(accelerator.device)).cpu()
     if mv.stop_asked(accelerator, caught):  # the last answers were broken off
         return None
-    told, _ = statistics(sums[:-2], list(functions))
-    if math.isnan(told["reward"]):
+    mv.check_evaluated(accelerator, args, int(sums[0]), records)
+    told, _ = statistics(sums[:-3], list(functions))
+    broken = bool(sums[-1])  # answers of a model whose log-probabilities are not finite mean nothing
+    if math.isnan(told["reward"]) and not broken:
         mv.stop_all(
             accelerator, f"--eval_path {args.eval_path}: no reward function is applicable to any of its records"
         )
     told = {key: value for key, value in told.items() if key not in ("reward_std", "frac_reward_zero_std")}
-    if sums[-1]:
-        told["accuracy"] = (sums[-2] / sums[-1]).item()
-    told = {f"eval_{key}": value for key, value in told.items() if math.isfinite(value)}
+    if sums[-2]:
+        told["accuracy"] = (sums[-3] / sums[-2]).item()
+    told = {f"eval_{key}": math.nan if broken else value for key, value in told.items()
+            if broken or math.isfinite(value)}  # fmt: skip
     return told | {"eval_samples": int(sums[0])}
 
 
@@ -821,6 +914,10 @@ def main():
     functions = load_rewards(args.reward_funcs)
     for name, table in (("--data_path", records), ("--eval_path", eval_records)):
         check_references(name, table, args.reward_funcs)
+    columns, eval_columns = column_names(records), column_names(eval_records) if eval_records else None
+    check_parameters("--data_path", args.data_path, columns, functions)
+    if eval_records:
+        check_parameters("--eval_path", args.eval_path, eval_columns, functions)
     encoder = mv.Encoder(args.model_id, args)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
@@ -831,9 +928,9 @@ def main():
     if args.max_steps < 0:
         total_steps *= args.num_iterations
 
-    # ---- reference for the KL divergence: the trained model without its new adapter, or a frozen model
-    reference, adapter_is_new = None, args.lora_enable and not args.lora_weight_path
-    if args.beta and not adapter_is_new:
+    # ---- reference for the KL divergence: the trained model without its adapter, or a frozen copy
+    reference = None
+    if frozen_copy_of(args):
         reference = mv.Engine(accelerator, load_reference(args, accelerator.device), args, frozen=True)
 
     # ---- model and optimizer
@@ -877,9 +974,10 @@ def main():
     while True:
         epoch = state["samples_seen"] / len(records)
         if state["eval_due"]:
-            result = evaluate(engine, stream, eval_records, encoder, functions, args, caught)
+            result = evaluate(engine, stream, eval_records, encoder, functions, eval_columns, args, caught)
             if stop := result is None:
                 break
+            result = mv.finite_result(result)
             improved = mv.judge(state, result, args)
             state["eval_due"] = False
             state["save_due"] = state["save_due"] or (improved and args.load_best_model_at_end)
@@ -887,9 +985,9 @@ def main():
                 state["best_checkpoint"] = f"checkpoint-{state['step']}"
             if is_main:
                 mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
-                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
+                bar.write(f"step {state['step']}: {mv.result_text(result)}")
             if trackers:
-                accelerator.log(result, state["step"])
+                accelerator.log(mv.numbers(result), state["step"])
         if state["save_due"]:
             state["save_due"], saved_step = False, state["step"]
             mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
@@ -908,7 +1006,7 @@ def main():
             with engine.gathered():
                 groups = make_groups(engine, encoded, indices, records, encoder, args, state["step"], caught)
             rollout_seconds = time.perf_counter() - started - data_wait
-            reward_groups(functions, groups, args)
+            reward_groups(functions, groups, columns, args)
             told, std = statistics(accelerator.reduce(group_sums(groups, stops, args).to(accelerator.device)).cpu(),
                                    list(functions))  # fmt: skip
             for group in groups:
@@ -916,7 +1014,7 @@ def main():
             reward_seconds = time.perf_counter() - started - data_wait - rollout_seconds
             left = iter(groups)  # in the order of their rows
             per_row = [sum("input_ids" in sample for sample in samples) for samples in rows]
-            learned_rows = [groups_with_gradient(itertools.islice(left, count), args) for count in per_row]
+            learned_rows = [groups_with_gradient(itertools.islice(left, count), stops, args) for count in per_row]
             old_logps, ref_logps = [None] * len(rows), [None] * len(rows)
             kept = [sample for sample in encoded if "input_ids" in sample]
             completions = [ids for group in groups for ids in group["ids"]]
@@ -945,9 +1043,11 @@ def main():
         # ---- forward, backward, step
         factor = mv.lr_factor(state["step"], total_steps, args)
         engine.set_learning_rate(factor)
-        step_loss = torch.zeros((), device=accelerator.device)
-        sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # KL, clipped, |Δ log p|, tokens
-        for k, row_groups in enumerate(learned_rows):
+        learning = counts["supervised_tokens"] > 0  # if not, no process computes or updates anything
+        step_loss = torch.full((), 0.0 if learning else math.nan, device=accelerator.device)
+        # KL, clipped, |Δ log p|, tokens
+        sums = torch.full((4,), 0.0 if learning else math.nan, dtype=torch.float64, device=accelerator.device)
+        for k, row_groups in enumerate(learned_rows if learning else []):
             last = k == len(rows) - 1
             batch = pack_groups(row_groups, encoder, stops, args, accelerator.device)
             inputs, targets, sequences = batch["inputs"], batch["targets"], batch["sequences"]
@@ -973,11 +1073,12 @@ def main():
                     loss_finite = bool(torch.isfinite(step_loss))
                     loss = loss if loss_finite else loss * math.nan  # then no process updates anything
                 engine.backward(loss)
-        grad_norm, overflow = engine.step()
+        grad_norm, overflow = engine.step() if learning else (math.nan, False)
         kl_sum, clipped_sum, gap_sum, learned = accelerator.reduce(sums).tolist()
-        bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
+        bad = learning and (not loss_finite or not (math.isfinite(grad_norm) or overflow))
         state["step"], state["samples_seen"] = state["step"] + 1, samples_seen
-        state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
+        if learning:
+            state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
 
         # ---- log
         seconds = time.perf_counter() - started
@@ -1016,8 +1117,9 @@ def main():
                 mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
         if trackers and state["step"] % args.logging_steps == 0:
             accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
+        progress = f"reward {told['reward']:.3f}" if math.isfinite(told["reward"]) else "no reward"
         bar.set_postfix_str(
-            f"reward {told['reward']:.3f}, {counts['samples'] / seconds:.1f} samples/s, "
+            f"{progress}, {counts['samples'] / seconds:.1f} samples/s, "
             f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}, "
             f"rollout {rollout_seconds / seconds:.0%}"
         )

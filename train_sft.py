@@ -78,7 +78,8 @@ def evaluate(engine, stream, records, encoder, args, caught) -> dict | None:
     bar.close()
     model.train()
     loss, tokens, samples = accelerator.reduce(sums).tolist()
-    return {"eval_loss": loss / max(tokens, 1), "eval_samples": int(samples), "eval_tokens": int(tokens)}
+    mv.check_evaluated(accelerator, args, samples, records)
+    return {"eval_loss": loss / tokens, "eval_samples": int(samples), "eval_tokens": int(tokens)}
 
 
 def main():
@@ -144,6 +145,7 @@ def main():
             result = evaluate(engine, stream, eval_records, encoder, args, caught)
             if stop := result is None:
                 break
+            result = mv.finite_result(result)
             improved = mv.judge(state, result, args)
             state["eval_due"] = False
             state["save_due"] = state["save_due"] or (improved and args.load_best_model_at_end)
@@ -151,9 +153,9 @@ def main():
                 state["best_checkpoint"] = f"checkpoint-{state['step']}"
             if is_main:
                 mv.append_jsonl(metrics_path, {"step": state["step"], "epoch": round(epoch, 6), **result})
-                bar.write(f"step {state['step']}: " + ", ".join(f"{key} {value:.6g}" for key, value in result.items()))
+                bar.write(f"step {state['step']}: {mv.result_text(result)}")
             if trackers:
-                accelerator.log(result, state["step"])
+                accelerator.log(mv.numbers(result), state["step"])
         if state["save_due"]:
             state["save_due"], saved_step = False, state["step"]
             mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
@@ -181,13 +183,14 @@ def main():
         if stop:
             break
         mv.check_bad_ratio(accelerator, args, state, counts)
-        window_tokens = max(counts["supervised_tokens"], 1)
+        window_tokens = counts["supervised_tokens"]
 
         # ---- forward, backward, step
         factor = mv.lr_factor(state["step"], total_steps, args)
         engine.set_learning_rate(factor)
-        step_loss = torch.zeros((), device=accelerator.device)
-        for k, samples in enumerate(rows):
+        learning = counts["supervised_tokens"] > 0  # if not, no process computes or updates anything
+        step_loss = torch.full((), 0.0 if learning else math.nan, device=accelerator.device)
+        for k, samples in enumerate(rows if learning else []):
             last = k == len(rows) - 1
             inputs, targets, _ = mv.pack(samples, encoder, accelerator.device)
             with engine.row(last):
@@ -200,10 +203,11 @@ def main():
                     loss_finite = bool(torch.isfinite(step_loss))
                     loss = loss if loss_finite else loss * math.nan  # then no process updates anything
                 engine.backward(loss)
-        grad_norm, overflow = engine.step()
-        bad = not loss_finite or not (math.isfinite(grad_norm) or overflow)
+        grad_norm, overflow = engine.step() if learning else (math.nan, False)
+        bad = learning and (not loss_finite or not (math.isfinite(grad_norm) or overflow))
         state["step"], state["samples_seen"] = state["step"] + 1, samples_seen
-        state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
+        if learning:
+            state["bad_steps"] = state["bad_steps"] + 1 if bad else 0
 
         # ---- log
         seconds = time.perf_counter() - started
@@ -230,8 +234,9 @@ def main():
                 mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
         if trackers and state["step"] % args.logging_steps == 0:
             accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
+        progress = f"loss {float(step_loss):.4f}" if learning else "nothing to learn"
         bar.set_postfix_str(
-            f"loss {float(step_loss):.4f}, {counts['samples'] / seconds:.1f} samples/s, "
+            f"{progress}, {counts['samples'] / seconds:.1f} samples/s, "
             f"{counts['videos'] / seconds:.0f} videos/s, data wait {data_wait / seconds:.0%}"
         )
         bar.update()

@@ -1042,10 +1042,16 @@ def test_skipped_samples(train, folder, tmp_path):
 
 
 def test_outputs_that_are_not_finite(train, folder, tmp_path):
-    """An absurd step: the evaluation after it ends the run with the records' names."""
-    with pytest.raises(mv.InputError, match=r"the outputs for record r0, r1, r2, r3, r4 and 8 more are not finite"):
-        train(tmp_path, "--learning_rate", 1e30, "--eval_path", folder / f"{SINGLE}.json", "--eval_strategy", "steps",
-              "--eval_steps", 1, "--save_strategy", "no", "--lr_scheduler_type", "constant")  # fmt: skip
+    """An absurd step: evaluations have null for the loss and every metric, predictions stay those of before."""
+    (tmp_path / "predictions.jsonl").write_text('{"id": "of before"}\n')
+    rows = train(tmp_path, "--learning_rate", 1e30, "--eval_path", folder / f"{SINGLE}.json", "--eval_strategy",
+                 "steps", "--eval_steps", 1, "--save_strategy", "no", "--lr_scheduler_type", "constant",
+                 "--max_steps", 2)  # fmt: skip
+    names = {"eval_loss", "eval_confusion_matrix", *(f"eval_{name}" for name in train_cls.METRICS[SINGLE])}
+    for row in (rows[1], rows[3]):
+        assert row.keys() == {"step", "epoch", "eval_samples", "not_finite", *names}
+        assert row["eval_samples"] == 13 and row["not_finite"] is True and not any(row[name] for name in names)
+    assert predictions(tmp_path) == [{"id": "of before"}]
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])

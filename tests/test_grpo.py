@@ -1,6 +1,7 @@
 """train_grpo.py: rollouts, objective and rewards held against the plain HF model, TRL 1.16 and hand-made values."""
 
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -392,11 +393,11 @@ def test_groups_without_advantage_leave_the_pack(rollout, tiny_model):
     model, encoder, samples, ids, _ = rollout
     groups = [make_group(samples[i], ids[i], seed=i) for i in (1, 3)]
     groups[1]["advantages"] = grpo.group_advantages(torch.tensor([[0.5, 0.5, 0.5]], dtype=torch.float64), "group")[0]
-    results = []
+    results, stops = [], grpo.end_tokens(model, encoder)
     for beta in (0.0, 1e-30):
         args = arguments(tiny_model, beta=beta, loss_type="dapo")
-        learned = grpo.groups_with_gradient(groups, args)
-        batch = grpo.pack_groups(learned, encoder, grpo.end_tokens(model, encoder), args, "cpu")
+        learned = grpo.groups_with_gradient(groups, stops, args)
+        batch = grpo.pack_groups(learned, encoder, stops, args, "cpu")
         assert len(batch["lengths"]) == (6 if beta else 3)
         totals = {"completions": 6, "supervised_tokens": sum(len(c) for group in groups for c in group["ids"])}
         logps = mv.token_logps(model(**batch["inputs"]).logits, batch["targets"], 0.9)
@@ -408,7 +409,7 @@ def test_groups_without_advantage_leave_the_pack(rollout, tiny_model):
         results.append([loss.item(), *(p.grad.norm().item() for p in model.parameters())])
     assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-8)
     args = arguments(tiny_model, beta=0.0)
-    empty = grpo.pack_groups(grpo.groups_with_gradient(groups[1:], args), encoder, [], args, "cpu")
+    empty = grpo.pack_groups(grpo.groups_with_gradient(groups[1:], stops, args), encoder, [], args, "cpu")
     assert len(empty["targets"]) == len(empty["lengths"]) == 0
     model(**empty["inputs"]).logits.sum().backward()  # the dummy goes through tower and language model
 
@@ -599,6 +600,7 @@ def tensor(completions, **kwargs):
     import torch
     return torch.ones(len(completions))
 def bare(completions): return [1.0]
+def first(completions, /, **kwargs): return [1.0]
 async def later(completions, **kwargs): return [1.0]
 '''  # noqa: E501
 
@@ -608,6 +610,9 @@ def reward_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("rewards") / "my_rewards.py"
     file.write_text(REWARDS)
     return file
+
+
+COLUMNS = ["id", "view", "assistant", "answer"]  # of the records of these groups
 
 
 def scored_groups(*texts):
@@ -627,13 +632,15 @@ def test_own_reward_functions(reward_file):
     functions = grpo.load_rewards([f"{reward_file}:{name}" for name in names] + ["accuracy"])
     assert list(functions) == [*names, "accuracy"]
     groups = scored_groups(["It moves.", "no"])
-    rewards = grpo.score(functions, groups)
+    rewards = grpo.score(functions, groups, COLUMNS)
     assert rewards.tolist() == [[[0.5, 6.0, 1.0, 1.0, 1.0], [0.25, 3.0, 1.0, 1.0, 0.0]]]
-    both = grpo.score({name: functions[name] for name in ("columns", "plain")}, scored_groups("ab", ["text", "x"]))
+    both = grpo.score(
+        {name: functions[name] for name in ("columns", "plain")}, scored_groups("ab", ["text", "x"]), COLUMNS
+    )
     assert both[1, :, 0].isnan().all() and both[1, :, 1].tolist() == [1.0, 0.0]
     args = types.SimpleNamespace(reward_weights=[1.0, 0.5])
     groups = scored_groups("ab", ["text", "x"])
-    grpo.reward_groups({name: functions[name] for name in ("columns", "plain")}, groups, args)
+    grpo.reward_groups({name: functions[name] for name in ("columns", "plain")}, groups, COLUMNS, args)
     assert [group["reward"].tolist() for group in groups] == [[6.5, 3.5], [0.5, 0.0]]
 
 
@@ -648,7 +655,7 @@ def test_own_reward_functions(reward_file):
 def test_reward_errors_name_function_and_record(reward_file, name, message):
     functions = grpo.load_rewards([f"{reward_file}:{name}"])
     with pytest.raises(mv.InputError, match=message):
-        grpo.score(functions, scored_groups(["good", "good"], ["good", "bad"]))
+        grpo.score(functions, scored_groups(["good", "good"], ["good", "bad"]), COLUMNS)
 
 
 @pytest.mark.parametrize("names, message", [
@@ -656,6 +663,7 @@ def test_reward_errors_name_function_and_record(reward_file, name, message):
     (["FILE:bare"], r"bare must take \*\*kwargs"),
     (["FILE:later"], "has no plain function 'later'"),
     (["FILE:missing"], "has no plain function 'missing'"),
+    (["FILE:first"], "first is given everything by name: remove the '/' from its parameters"),
     (["nowhere.py:f"], "no such file: nowhere.py"),
     (["BROKEN:f"], r"cannot be imported: ModuleNotFoundError: No module .* \(broken\.py, line 1\)"),
     (["accuracy", "accuracy"], "two functions of the name accuracy"),
@@ -667,6 +675,129 @@ def test_reward_names(reward_file, names, message):
     with pytest.raises(mv.InputError, match=message):
         grpo.load_rewards(names)
     assert any(names[0] in problem for problem in grpo.GRPOArguments(reward_funcs=names).check(set()))
+
+
+COUNTED = """
+from __future__ import annotations
+import dataclasses, pathlib, pickle, typing
+with open(pathlib.Path(__file__).with_name("runs"), "a") as file:
+    print(__name__, file=file)
+seen = []
+
+@dataclasses.dataclass
+class Answer:
+    text: str
+    parts: typing.ClassVar[list[str]] = []
+
+def one(completions, **kwargs):
+    assert typing.get_type_hints(Answer)["text"] is str
+    seen.append(pickle.loads(pickle.dumps(Answer("NAME"))) == Answer("NAME"))
+    return [float(len(seen))] * len(completions)
+
+def two(completions, **kwargs):
+    return [VALUE + len(seen)] * len(completions)
+"""
+
+
+def test_reward_files_run_once(tmp_path, monkeypatch):
+    """By any path, for all of their functions; names of others, of packages and of the library stay theirs."""
+    import random
+
+    import datasets as library
+
+    files = {}
+    for value, name in enumerate(["a/rewards.py", "b/rewards.py", "a/random.py", "b/datasets.py", "b/with.dot-1.py"]):
+        files[name] = tmp_path / name
+        files[name].parent.mkdir(exist_ok=True)
+        files[name].write_text(COUNTED.replace("NAME", name).replace("VALUE", str(value)))
+    groups = scored_groups("ab")
+    for value, (name, file) in enumerate(files.items()):
+        (tmp_path / "link.py").unlink(missing_ok=True)
+        (tmp_path / "link.py").symlink_to(file)
+        monkeypatch.chdir(tmp_path)
+        for path in (file, name, f"./{name}", f"a/../{name}", "link.py"):
+            functions = grpo.load_rewards([f"{path}:one", f"{path}:two"])
+        assert grpo.GRPOArguments(reward_funcs=[f"{file}:one"]).check(set()) == []
+        assert grpo.score(functions, groups, COLUMNS)[0, 0].tolist() == [1, value + 1]
+        module = sys.modules[functions["one"].__module__]
+        assert Path(module.__file__) == file and module.seen == [True]
+        assert file.with_name("runs").read_text().splitlines().count(module.__name__) == 1
+    names = [name for folder in "ab" for name in (tmp_path / folder / "runs").read_text().splitlines()]
+    assert len(names) == len(set(names)) == len(files) and not {"rewards", "random", "datasets"} & set(names)
+    assert sys.modules["random"] is random and sys.modules["datasets"] is library
+    assert importlib.import_module("random") is random and random.Random(0).random() < 1
+    before = set(sys.modules)
+    for text in ("import does_not_exist", "def f(:", "raise SystemExit(3)"):
+        (tmp_path / "broken.py").write_text(text)
+        with pytest.raises(SystemExit if "Exit" in text else mv.InputError):
+            grpo.load_rewards([f"{tmp_path / 'broken.py'}:f"])
+    assert set(sys.modules) == before
+    (tmp_path / "broken.py").write_text("def f(completions, **kwargs): return [1.0] * len(completions)\n")
+    assert list(grpo.load_rewards([f"{tmp_path / 'broken.py'}:f"])) == ["f"]  # corrected meanwhile
+
+
+SOME_COLUMNS = """
+def view(completions, view, **kwargs):
+    return [0.0 if v is None else v for v in view]
+
+def late(completions, *, late, kind="any", **kwargs):
+    assert len(late) == len(completions)
+    return [float(v is not None) for v in late]
+
+def wrapped(function):
+    import functools
+    @functools.wraps(function)
+    def inner(completions, **kwargs):
+        return function(completions, view=[1.0] * len(completions), **kwargs)
+    return inner
+
+filled = wrapped(view)
+"""
+
+
+def test_columns_belong_to_the_data_set(tmp_path, monkeypatch):
+    """Every name that any record has is given, None where absent, even where none of the groups has it."""
+    (tmp_path / "some.py").write_text(SOME_COLUMNS)
+    rows = [{"id": i, "prompt": "a"} for i in range(2500)]
+    rows[3]["view"], rows[2400]["late"], rows[7]["reference"], rows[8]["prompts"] = 1.5, None, "x", "y"
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    records = mv.load_records(str(tmp_path / "data.json"), grpo.normalize_record, grpo.RECORD)
+    columns = grpo.column_names(records)
+    assert columns == ["id", "view", "reference", "prompts", "late"]
+    functions = grpo.load_rewards([f"{tmp_path / 'some.py'}:{name}" for name in ("view", "late", "filled")])
+    groups = [{"record": records[i], "texts": ["a", "b"], "ids": [[1], [2]]} for i in (0, 1)]
+    assert grpo.score({name: functions[name] for name in ("view", "late")}, groups, columns).sum() == 0
+    inputs = grpo.reward_inputs(groups, columns)
+    assert inputs.keys() == {"prompts", "completions", "completion_ids", "reference", "id", "view", "late"}
+    assert inputs["prompts"] == ["a"] * 4 and inputs["view"] == inputs["late"] == [None] * 4
+    grpo.check_parameters("--data_path", "x.json", columns, functions)
+    for missing, function in (("view", "view"), ("late", "late")):
+        there = [name for name in columns if name != missing]
+        with pytest.raises(mv.InputError) as caught:
+            grpo.check_parameters("--eval_path", "held.json", there, functions)
+        assert str(caught.value).startswith(f"--reward_funcs {function}: no column of --eval_path held.json for its "
+                                            f"parameter '{missing}': there are {', '.join(there)} (and ")  # fmt: skip
+
+
+def test_missing_columns_end_a_run_before_the_weights(flags, tmp_path, monkeypatch):
+    """In the training or the held-out records; where some have the column, it runs."""
+    (tmp_path / "some.py").write_text(SOME_COLUMNS)
+    data = json.loads(Path(flags[flags.index("--data_path") + 1]).read_text())
+    for name, own in (("without", {}), ("with", {"view": 2})):
+        (tmp_path / f"{name}.json").write_text(json.dumps([*data[:7], {**data[7], **own}]))
+    flags = [*flags, "--reward_funcs", f"{tmp_path / 'some.py'}:view", "--max_steps", 8]
+    both = {name: ["--data_path", tmp_path / f"{name}.json"] for name in ("without", "with")}
+    with monkeypatch.context() as patched:
+        patched.setattr(mv, "load_model", lambda *args: pytest.fail("loaded a model"))
+        with pytest.raises(mv.InputError, match=r"view: no column of --data_path \S+/without\.json for its parameter"):
+            train(patched, *flags, *both["without"], "--output_dir", tmp_path / "out")
+        with pytest.raises(mv.InputError, match=r"view: no column of --eval_path \S+/without\.json for its parameter"):
+            train(patched, *flags, *both["with"], "--eval_path", tmp_path / "without.json", "--output_dir",
+                  tmp_path / "out")  # fmt: skip
+    train(monkeypatch, *flags, *both["with"], "--eval_path", tmp_path / "with.json", "--output_dir", tmp_path / "out")
+    rewards = [row["reward"] for row in metrics(tmp_path / "out") if "reward" in row]
+    assert sorted(set(rewards)) == [0, 1] and rewards.count(1) == 2  # in one step (of two iterations) of four
+    assert [row["eval_reward"] for row in metrics(tmp_path / "out") if "eval_reward" in row] == [2 / 8]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -735,7 +866,41 @@ def test_records():
     assert (row["prompt"], row["reference"]) == (None, None)
 
 
+@pytest.mark.parametrize("key, value, expected", [
+    ("solution", "Left.", "Left."), ("answer", 3, "3"), ("ground_truth", 0.5, "0.5"), ("reference", True, "True"),
+])  # fmt: skip
+@pytest.mark.parametrize("field", ["conversations", "messages"])
+def test_references_beside_a_conversation(field, key, value, expected):
+    """They win over the answer, which then marks where the prompt ends, empty or not; without one all is prompt."""
+    talk = [turn("system", "Brief."), turn("user", "First?"), turn("assistant", "One."), turn("user", "Then?")]
+    said = [{"role": message["role"], "content": message["content"][0]["text"]} for message in talk]
+
+    def normalized(turns, **own):
+        if field == "conversations":
+            turns = [{"from": message["role"], "value": message["content"]} for message in turns]
+        return grpo.normalize_record({"id": 1, field: turns, **own}, "r")
+
+    assert normalized(said, **{key: None})["reference"] == "One."
+    assert normalized(said, **{key: []})["reference"] == "One."
+    whole = normalized(said, **{key: value})
+    assert (whole["messages"], whole["reference"], whole["left_out"]) == (talk, expected, 0)
+    assert json.loads(whole["columns"]) == {"id": 1, key: value} and whole["column_names"] == ["id", key]
+    for answer in ("", "Two."):
+        row = normalized([*said[:2], {"role": "assistant", "content": answer}], **{key: value})
+        assert (row["messages"], row["reference"], row["left_out"]) == (talk[:2], expected, 0)
+        assert row["column_names"] == ["id", key, "assistant"]
+    row = normalized([*said, {"role": "assistant", "content": "Two."}], **{key: value})
+    assert (row["messages"], row["reference"], row["left_out"]) == (talk[:2], expected, 2)
+    both = normalized(said[:2], **{key: value, "reference": "last"})
+    assert (both["messages"], both["reference"]) == (talk[:2], "last" if key == "reference" else expected)
+
+
 @pytest.mark.parametrize("record, message", [
+    ({"conversations": [{"from": "human", "value": "a"}], "answer": ["b"]}, "'answer': the reference answer must"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "solution": " "},
+     "'solution': the reference answer is empty"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]}, "reference answer is empty"),
+    ({"prompt": "a", "answer": math.nan}, "'answer': the reference answer must be a text or a number, got nan"),
     ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "'prompt' and 'messages' are both there"),
     ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "must end with a user"),
     ({"prompt": "a", "answer": ["b"]}, "reference answer must be a text or a number"),
@@ -744,7 +909,10 @@ def test_records():
     ({"prompt": "<video> a"}, "1 <video> tags for 0 videos"),
     ({"video": "a.mp4", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
                                           {"from": "human", "value": "<video>"}]},
-     "in a turn after the first answer, which is not read"),
+     "in the first answer or a turn after it, which is not read"),
+    ({"video": "a.mp4", "answer": "c", "conversations": [{"from": "human", "value": "a"},
+                                                         {"from": "gpt", "value": "<video>"}]},
+     "in the first answer or a turn after it, which is not read"),
     ({"conversations": [{"from": "gpt", "value": "b"}]}, "first turn after any system turn must be the user's"),
     ("text", "a record must be an object"),
 ])  # fmt: skip
@@ -935,6 +1103,33 @@ def test_adapters(flags, tmp_path, monkeypatch):
     rows = metrics(tmp_path)
     assert len(loads) == 1 and (tmp_path / "adapter_model.safetensors").is_file()
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["kl"] > 1e-4
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_not_the_reference_s(flags, demo, tmp_path, monkeypatch, bias):  # noqa: F811
+    """peft does not restore the biases of --lora_bias when it switches the adapter off: the reference is a copy."""
+    asked, inner = [], grpo.reference_logps
+
+    def noted(reference, inputs, targets, args):
+        logps = inner(reference, inputs, targets, args)
+        asked.append((inputs, targets, logps))
+        return logps
+
+    monkeypatch.setattr(grpo, "reference_logps", noted)
+    train(monkeypatch, *flags, "--lora_enable", "True", "--freeze_llm", "True", "--lora_bias", bias, "--beta", 0.1,
+          "--lora_namespan_exclude", "['lm_head', 'embed_tokens']", "--learning_rate", 0.5, "--optim", "adamw_torch",
+          "--output_dir", tmp_path)  # fmt: skip
+    assert len(asked) == 6  # two rows of three batches of completions
+    args = arguments(str(demo / "model"))
+    start = mv.load_model(args, "cpu").eval()
+    before = {name: value for name, value in start.named_parameters() if name.endswith("q_proj.bias")}
+    trained = load_file(tmp_path / "adapter_model.safetensors")
+    trained = {name.removeprefix("base_model.model.").replace("base_layer.", ""): v for name, v in trained.items()}
+    assert before and all(not torch.equal(value, trained[name]) for name, value in before.items())
+    with torch.no_grad():
+        for inputs, targets, logps in asked:
+            expected = mv.token_logps(start(**inputs).logits, targets, args.temperature)
+            torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
 
 
 def test_two_processes_under_zero3_equal_one(straight, flags, tmp_path):

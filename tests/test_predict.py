@@ -23,6 +23,7 @@ from test_train import ROOT, launch, reset_accelerate
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import multivideo as mv
+import train_grpo
 
 SIZES = ["--video_min_pixels", "784", "--image_min_pixels", "784"]
 KINDS = 6
@@ -279,6 +280,27 @@ def test_sampling(data, model, tmp_path, monkeypatch):
         run(monkeypatch, *flags, *extra, "--output_path", tmp_path / f"{name}.jsonl")
     a, b, c = ([row["prediction"] for row in lines(tmp_path / f"{name}.jsonl")] for name in "abc")
     assert a == b != c
+
+
+def test_references_beside_a_conversation(tmp_path):
+    """They win over the last answer, which then marks where the prompt ends; ended by a user turn all is prompt."""
+    talk = [{"role": role, "content": text} for role, text in
+            (("user", "First?"), ("assistant", "One."), ("user", "Then?"), ("assistant", ""))]  # fmt: skip
+    records = [
+        {"messages": talk, "solution": "Two."}, {"messages": talk[:3], "answer": 2}, {"messages": talk[:3]},
+        {"messages": talk[:2], "reference": None}, {"prompt": "First?", "ground_truth": "One."},
+    ]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    rows = mv.load_records(str(tmp_path / "data.json"), predict.normalize_record, train_grpo.RECORD)
+    assert [row["reference"] for row in rows] == ["Two.", "2", None, "One.", "One."]
+    assert [[turn["role"] for turn in row["messages"]] for row in rows] == [
+        ["user", "assistant", "user"], ["user", "assistant", "user"], ["user", "assistant", "user"], ["user"], ["user"]
+    ]  # fmt: skip
+    (completion,) = predict.normalize_with_answer(records[1], "r")["completions"]
+    assert completion[0]["content"][0]["text"] == "2"
+    for value, message in (({"text": "a"}, "'answer': the reference answer must be a text"), ("", "answer is empty")):
+        with pytest.raises(ValueError, match=f"r: .*{message}"):
+            predict.normalize_record({"messages": talk, "answer": value}, "r")
 
 
 def test_blank_each(data, model, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """check_data.py, preview.py and the memory formula, against mv.Encoder, hand-made damage and real allocations."""
 
 import dataclasses
+import importlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -465,6 +467,43 @@ def test_predicted_memory_is_what_a_step_allocates(small_model, name):
             del inputs, targets, loss
     predicted = gpu_memory.MemoryModel(args, gpu_memory.read_launcher(None, None)).peak(len(ids), len(patches), 20)
     assert (predicted["gib"] - gpu_memory.RUNTIME_GIB) * 2**30 == pytest.approx(allocated.most, rel=0.05)
+
+
+COPIES = {  # objective, flags → is there a frozen copy?
+    "dpo": ("dpo", {"bf16": True}, True),
+    "dpo, tower frozen": ("dpo", {"bf16": True, **FROZEN}, True),
+    "dpo, new adapter": ("dpo", LORA, False),
+    "dpo, biases": ("dpo", {**LORA, "lora_bias": "all"}, True),
+    "dpo, precomputed": ("dpo", {"precompute_ref_log_probs": True}, False),
+    "grpo": ("grpo", {"bf16": True}, True),
+    "grpo, fp32": ("grpo", {}, True),
+    "grpo, beta 0": ("grpo", {"beta": 0.0}, False),
+    "grpo, new adapter": ("grpo", LORA, False),
+    "grpo, biases": ("grpo", {**LORA, "lora_bias": "lora_only", **FROZEN}, True),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_the_reference_s_copy_is_counted(small_model, name):
+    """The bytes of the frozen copy that a run loads; split over processes as the trained weights are."""
+    objective, changed, exists = COPIES[name]
+    trainer = importlib.import_module(f"train_{objective}")
+    kind = {"dpo": "DPOArguments", "grpo": "GRPOArguments"}[objective]
+    args = getattr(trainer, kind)(model_id=small_model, **changed)
+    copied = trainer.frozen_copy_of(args)
+    assert copied == (small_model if exists else None)
+    alone = gpu_memory.read_launcher(None, None)
+    bare, model = gpu_memory.MemoryModel(args, alone), gpu_memory.MemoryModel(args, alone, copied)
+    size = 0
+    if exists:
+        size = sum(p.numel() * p.element_size() for p in trainer.load_reference(args, "cpu").parameters())
+    assert model.states()["reference"] == pytest.approx(size, rel=0.02)
+    more = (model.peak(1000, 500, 20)["gib"] - bare.peak(1000, 500, 20)["gib"]) * 2**30
+    assert more == pytest.approx(size, rel=0.02) and ("reference" in model.peak(1, 4, 1)["parts"]) is exists
+    for config, part in (("zero2", 1), ("zero3", 8), ("zero3_offload", math.inf), ("fsdp2", 8)):
+        launch = gpu_memory.read_launcher(ROOT / "accelerate_configs" / f"{config}.yaml", None)
+        split = gpu_memory.MemoryModel(args, launch, copied)
+        assert split.states()["reference"] == split.copy / part
 
 
 SEVEN_B = Qwen2_5_VLConfig(

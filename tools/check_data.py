@@ -516,7 +516,8 @@ SIZES, FRAMES = (56, 112, 168, 224, 336, 448), (2, 4, 8, 16, 32)
 
 def report_memory(found: Findings, args, own: CheckFlags, launch: dict, factor: int) -> dict:
     """Predicted peak memory (GiB) with the largest row at these settings, and over sizes × frames."""
-    model, size = MemoryModel(args, launch), args.per_device_train_batch_size
+    copied = getattr(importlib.import_module(f"train_{own.objective}"), "frozen_copy_of", lambda args: None)(args)
+    model, size = MemoryModel(args, launch, copied), args.per_device_train_batch_size
     patches = model.config.vision_config.spatial_merge_size**2  # of a visual token
     # The worst row there can be: the largest samples, side by side.
     worst = found("SELECT COUNT(*), SUM(total), SUM(visual), SUM(learned) FROM (SELECT * FROM good WHERE split = "
@@ -673,8 +674,8 @@ def show(report: dict, first: int):
         line("largest row", f"{row['samples']} samples, {row['tokens']:,} tokens, {row['visual']:,} of them visual")
         parts = [f"{name} {value:.1f}" for name, value in memory["parts"].items()]
         line("GiB", ", ".join([*parts, f"CUDA and unusable {RUNTIME_GIB:g}"]))
-        if report["objective"] != "sft":
-            line("", "of the trained model: a reference model, rollouts and their answers come on top")
+        if report["objective"] == "grpo":
+            line("", "of the update: rollouts and their completions come on top")
         print(f"  GiB with {table['videos']} videos and {table['text']:,} text tokens per sample; *: over the GPU's")
         print("    frames     " + "".join(f"{f'{side}×{side}':>10}" for side in table["sides"]))
         for frames, row in zip(table["frames"], table["gib"]):

@@ -55,13 +55,15 @@ class MemoryModel:
         backward pass of the tower  W + O + the language model's G + the tower's A + one of its blocks
         end of the backward pass    W + O + G + one block
         optimizer step              W + O + G + its workspace
+    The frozen copy that DPO or GRPO has beside the trained model as a reference is there all the time.
     Types as load_model sets them: trained weights w = 4 bytes under autocast (and casts of them to e = 2 bytes for the
     matrix products), frozen ones 2. A is summed over blocks by what each operation keeps (block_bytes); gradient
     checkpointing leaves the input of each block, and one block's A on top when it is computed again.
     """
 
-    def __init__(self, args, launch: dict):
-        self.args, self.launch = args, launch
+    def __init__(self, args, launch: dict, copied: str | None = None):
+        """`copied` names the model of which a frozen copy is beside the trained one, as a reference."""
+        self.args, self.launch, self.copied = args, launch, copied
         self.config = AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(self.config)
@@ -103,18 +105,41 @@ class MemoryModel:
         self.e = low  # bytes of the values that matrix products read
         self.w = low if deepspeed or args.pure_bf16 else 4  # of trained weights
         self.f = self.w if deepspeed or launch["kind"] == "FSDP" else low  # of frozen ones
+        self.copy = self.copy_bytes() if copied else 0
+
+    def quantized_bytes(self, count: int) -> float:
+        """Bytes of so many weights under --bits, with their scales."""
+        return count * (1.0 if self.args.bits == 8 else 0.516 if self.args.double_quant else 0.5625)
+
+    def copy_bytes(self) -> float:
+        """Bytes of the frozen copy: in the types of the trained model, with the adapter that training goes on from."""
+        if self.copied == self.args.model_id and self.args.lora_weight_path:
+            return self.trained * self.w + self.frozen * self.f + self.quantized_bytes(self.quantized)
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(self.copied, cache_dir=self.args.cache_dir)
+            model = AutoModelForImageTextToText.from_config(config)
+        trained, total = mv.choose_trained(model, self.args), 0
+        for name, parameter in model.named_parameters():
+            in_block = mv.part_of(name) == "llm" and re.search(r"layers\.\d+\.", name)
+            if self.args.bits < 16 and in_block and parameter.ndim > 1:
+                total += self.quantized_bytes(parameter.numel())
+            else:
+                total += parameter.numel() * (self.w if name in trained else self.f)
+        return total
 
     def states(self) -> dict:
         """Bytes that do not depend on the data: weights, gradients, optimizer (per GPU), workspaces."""
         args, launch, w = self.args, self.launch, self.w
         n, kind, stage = launch["processes"], launch["kind"], launch["stage"]
         weights = self.trained * w + self.frozen * self.f
-        weights += self.quantized * (1.0 if args.bits == 8 else 0.516 if args.double_quant else 0.5625)
+        weights += self.quantized_bytes(self.quantized)
         gradients, optimizer = self.trained * w, self.trained * OPTIMIZER_BYTES[args.optim]
         optimizer *= w / 4 if args.optim.startswith("adamw_torch") else 1  # states have the weights' type
         step = {"adamw_torch": self.trained * w, "adafactor": 3 * self.largest * 4}.get(args.optim, 0)
         other = self.cast * self.e if w > self.e else 0  # casts, which live as long as the forward pass
         other += 2 * self.largest_quantized * self.e  # unpacked for its product
+        copy = self.copy / n if kind == "FSDP" or stage == 3 else self.copy
+        copy = 0 if launch["offload_weights"] else copy
         if kind == "DEEPSPEED":
             optimizer = self.trained * (12 if w == 2 else 8) / n  # with fp32 masters
             gradients, step = gradients / (n if stage > 1 else 1), self.trained * 4 / n
@@ -130,7 +155,8 @@ class MemoryModel:
             weights, gradients, optimizer, step = weights / n + whole, gradients / n, optimizer / n, step / n
         elif n > 1:
             weights += gradients  # DDP's buckets
-        return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step, "casts": other}
+        return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step, "casts": other,
+                "reference": copy}  # fmt: skip
 
     def block_bytes(self, part: str, kind: str) -> float:
         """Bytes per token (language model) or patch (tower) that one block keeps for the backward pass.
@@ -191,6 +217,7 @@ class MemoryModel:
         head = logits * e * 2 + chunk * 2
         states = self.states()
         base, gradients, casts = states["weights"] + states["optimizer"] + pixels, states["gradients"], states["casts"]
+        base += states["reference"]
         if args.gradient_accumulation_steps > 1:  # those of earlier rows are there all the time
             base, gradients = base + gradients, 0
         kept = 0 if args.gradient_checkpointing else casts
@@ -205,6 +232,7 @@ class MemoryModel:
         }  # fmt: skip
         moment = max(moments, key=moments.get)
         parts = {"weights": states["weights"], "gradients": states["gradients"], "optimizer": states["optimizer"],
-                 "activations": activations + max(again.values()), "pixels": pixels, "logits": head}  # fmt: skip
+                 "activations": activations + max(again.values()), "pixels": pixels, "logits": head,
+                 **({"reference": states["reference"]} if self.copied else {})}  # fmt: skip
         return {"gib": moments[moment] / 2**30 + RUNTIME_GIB, "moment": moment,
                 "parts": {name: value / 2**30 for name, value in parts.items()}}  # fmt: skip

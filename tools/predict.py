@@ -4,8 +4,9 @@
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 8 tools/predict.py …
 
 --model_id is a run's folder (a full model or an adapter), a merged model or a hub name. Sizes, frame rate, system
-prompt and precision are those of the run's arguments.json, unless given here. A record's last assistant turn (or its
-`solution`, `answer`, `reference` beside a `prompt`) is the reference, what comes before it the prompt.
+prompt and precision are those of the run's arguments.json, unless given here. What comes before a record's last
+assistant turn is the prompt, and that turn the reference, unless `solution`, `answer`, `ground_truth` or `reference`
+is beside it.
 
 A classifier of train_cls.py gives classes with their probabilities, or numbers; its metrics where there are labels.
 
@@ -120,28 +121,33 @@ def inherited_flags(argv: list[str]) -> list[str]:
 def normalize_record(record: dict, where: str) -> dict:
     """A prompt and, if the record has one, its reference answer, in the schema of train_grpo.RECORD.
 
-    The prompt is all before the last assistant turn, and that turn the reference; or see train_grpo.normalize_record.
+    The prompt is all before an assistant turn at the end, and that turn the reference, unless the record has one of
+    train_grpo.REFERENCES; of a record with `prompt` they are those of train_grpo.normalize_record.
     """
     if isinstance(record, dict) and record.get("prompt") is not None:
         return train_grpo.normalize_record(record, where)
     row = mv.normalize_conversation(record, where)
     *before, last = row["messages"]
-    reference = None
+    reference = train_grpo.reference_beside(record, where)
     if last["role"] == "assistant":
-        reference = "".join(part["text"] or "" for part in last["content"])
+        answer = "".join(part["text"] or "" for part in last["content"])
+        reference = answer if reference is None else reference
         if any(part["type"] != "text" for part in last["content"]):
             raise ValueError(f"{where}: a video or image in the last answer: put it into the turn before")
     else:
         before.append(last)
     return {**row, "messages": before, "completions": [], "prompt": None, "reference": reference, "columns": "{}",
-            "left_out": 0}  # fmt: skip
+            "column_names": [], "left_out": 0}  # fmt: skip
 
 
 def normalize_with_answer(record: dict, where: str) -> dict:
     """The same with the reference behind the prompt, for its log-probability."""
     row = normalize_record(record, where)
     if row["reference"] is None:
-        raise ValueError(f"{where}: --blank_each needs a reference answer: end with an assistant ('gpt') turn")
+        raise ValueError(
+            f"{where}: --blank_each needs a reference answer: end with an assistant ('gpt') turn, or add "
+            f"one of the fields {', '.join(train_grpo.REFERENCES)}"
+        )
     part = {**dict.fromkeys(mv.PART), "type": "text", "files": [], "text": row["reference"]}
     return {**row, "completions": [[{"role": "assistant", "content": [part]}]]}
 
