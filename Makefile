@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-dpo demo-cls demo-grpo test soak lint setup clean
+.PHONY: demo demo-dpo demo-cls demo-grpo test test-compat soak lint setup clean
 
 demo: .venv/run.done
 	$(BIN)/python tools/make_demo.py --output_dir demo
@@ -50,6 +50,12 @@ demo-grpo: .venv/run.done
 test: .venv/dev.done lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# outputs load in transformers 4.57 too: written in .venv, read in an environment of its own
+test-compat: .venv/dev.done .venv-compat/done
+	rm -rf .compat
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compat.py write .compat
+	OMP_NUM_THREADS=1 .venv-compat/bin/python tests/compat.py read .compat
+
 soak: .venv/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
 
@@ -67,5 +73,10 @@ setup: .venv/dev.done
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+.venv-compat/done: Makefile
+	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 transformers==4.57.6 peft==0.17.1 jinja2
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-compat .compat demo

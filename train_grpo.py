@@ -122,6 +122,11 @@ class GRPOArguments(mv.TrainingArguments):
     )
     mask_truncated_completions: bool = mv.arg(False, "Learn nothing from completions without an end.")
 
+    def objective(self) -> str:
+        """For the model card."""
+        rewards = ", ".join(Path(name).name for name in self.reward_funcs)
+        return f"reinforcement learning (GRPO), loss {self.loss_type}, beta {self.beta:g}, rewards {rewards}"
+
     def check(self, given: set[str]) -> list[str]:
         """What is wrong with these flags, as sentences; derived defaults are filled in."""
         problems = []
