@@ -81,6 +81,19 @@ VIDEO_TOTAL_TOKENS = 128000 * 0.9  # one video never exceeds this many pixels / 
 FAMILIES = {"qwen2_vl": False, "qwen2_5_vl": True}
 
 
+# Tokens that each family's authors added to the vocabulary: an added token that is not among them is the user's.
+QWEN2_VL_TOKENS = {
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+}  # fmt: skip
+FAMILY_TOKENS = {
+    "qwen2_vl": QWEN2_VL_TOKENS,
+    "qwen2_5_vl": QWEN2_VL_TOKENS | {"<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+                                     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"},
+}  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------ 1. arguments
 
 
@@ -2160,6 +2173,7 @@ def add_adapter(model, trained: set[str], args: TrainingArguments):
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias=args.lora_bias,
             use_dora=args.use_dora, target_modules=targets, modules_to_save=whole,
         )  # fmt: skip
+    config.trainable_token_indices = new_token_rows(model, config, args)
     output = model.get_output_embeddings()  # a classifier has none
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     model = peft.get_peft_model(model, config)
@@ -2175,6 +2189,68 @@ def add_adapter(model, trained: set[str], args: TrainingArguments):
     local = Path(args.model_id)
     config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else args.model_id
     return model
+
+
+def new_tokens(tokenizer, model_type: str) -> dict[str, int]:
+    """The tokens, with their ids, that the user has added to those of a family."""
+    added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])
+    return {token: i for token, i in added if token not in FAMILY_TOKENS[model_type]}
+
+
+def new_token_rows(model, config, args: TrainingArguments) -> dict[str, list[int]] | None:
+    """peft's `trainable_token_indices` of a LoRA run: rows of embeddings and head, where these have no adapter.
+
+    ZeRO-3 and FSDP2 split the matrices, so that no row can be trained alone: see describe_new_tokens.
+
+    Raises:
+        InputError: a token without a row, or an adapter to go on from that has other rows.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    tokens = new_tokens(load_processor(args.model_id, args.cache_dir).tokenizer, model.config.model_type)
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if missing := {token: i for token, i in tokens.items() if i >= embeddings.num_embeddings}:
+        raise InputError(f"--model_id {args.model_id}: {len(missing)} new tokens of its tokenizer, first "
+                         f"{next(iter(missing))!r}, have no row in its {embeddings.num_embeddings} embeddings: call "
+                         "model.resize_token_embeddings and save it again")  # fmt: skip
+    tied = output is not None and output.weight is embeddings.weight  # peft then trains one row for both
+    modules = {"embed_tokens": embeddings} | ({} if output is None or tied else {"lm_head": output})
+    names = {id(module): name for name, module in model.named_modules()}
+    alone = [key for key, module in modules.items() if not check_target_module_exists(config, names[id(module)])]
+    split = launched_with("fsdp") or transformers.integrations.is_deepspeed_zero3_enabled()
+    rows = {key: list(tokens.values()) for key in alone} if tokens and not split else {}
+    held = config.trainable_token_indices or {}
+    held = held if isinstance(held, dict) else {"embed_tokens": list(held)}
+    if held and held != rows:
+        raise InputError(f"--lora_weight_path {args.lora_weight_path} has rows of new tokens, {held}; this run would "
+                         f"train {rows or 'none'}: merge it (tools/merge_lora.py) and go on from that")  # fmt: skip
+    return rows or None
+
+
+def describe_new_tokens(model, encoder) -> str:
+    """For the banner, where a tokenizer has new tokens: how their rows are trained, seen from the model itself."""
+    tokens = new_tokens(encoder.tokenizer, encoder.config.model_type)
+    if not tokens:
+        return ""
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    ways = {}
+    for key, module in (("embeddings", plain.get_input_embeddings()), ("head", plain.get_output_embeddings())):
+        trained = {name for name, p in module.named_parameters() if p.requires_grad} if module is not None else None
+        if trained is None:  # a classifier has no head for tokens
+            continue
+        if any("trainable_tokens" in name for name in trained):
+            ways[key] = "their rows are trained beside the adapter"
+        elif any("lora_" in name for name in trained):
+            ways[key] = "covered by the module's adapter"
+        else:
+            ways[key] = "trained like all rows" if trained else "NOT trained"
+    first = ", ".join(list(tokens)[:3]) + (", …" if len(tokens) > 3 else "")
+    line = f"\n  new tokens {len(tokens)} ({first}): " + "; ".join(f"{key}: {way}" for key, way in ways.items())
+    if "NOT trained" in ways.values() and hasattr(model, "peft_config"):
+        line += " (ZeRO-3 and FSDP2 split them): launch with ddp.yaml or zero2.yaml"
+    elif "NOT trained" in ways.values():
+        line += ": drop --freeze_llm, or train an adapter (--lora_enable True)"
+    return line
 
 
 def current_name(name: str) -> str:
@@ -2218,7 +2294,11 @@ def put_adapter(model, folder: str | Path):
     config, weights = read_adapter(folder)
     config.inference_mode = True
     model = peft.get_peft_model(model, config).eval()
-    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {
+        name: value
+        for name, value in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        if ".original_module." not in name and ".modules_to_save." not in name
+    }  # stored again with biases
     wrong = [f"{name} has shape {list(weights[name].shape)} there, {list(wanted[name].shape)} here"
              for name in weights.keys() & wanted.keys() if weights[name].shape != wanted[name].shape]  # fmt: skip
     wrong += [f"{name} is not there" for name in wanted.keys() - weights.keys()]
@@ -3379,6 +3459,7 @@ def describe_run(
             counts.setdefault(part_of(name), 0)
             counts[part_of(name)] += getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves 0 in numel
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    tokens = describe_new_tokens(model, encoder)
     if args.lora_enable:
         parts += f"; LoRA of rank {args.lora_rank} on {len(model.targeted_module_names)} modules"
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
@@ -3403,7 +3484,7 @@ def describe_run(
     arithmetic = f"{args.per_device_train_batch_size} samples × {rows} rows × {world_size} processes"
     say(f"""  records    {len(records)}, {per_step} per step = {arithmetic}
   steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
-  trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}
+  trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}{tokens}
   video      {size}
   frames     {frames}
   sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual

@@ -30,6 +30,7 @@ from train_cls import CLASSIFIERS
 
 # Largest difference of two logits over their standard deviation: rounding of the merged weights, with room to spare.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # peft's name of the rows of new tokens
 ROWS = 4096  # of a layer that are merged at a time
 
 
@@ -74,6 +75,20 @@ def merge_layer(layer):
         weight[part] = merged
 
 
+@torch.no_grad()
+def merge_token_rows(model) -> dict[str, list[int]]:
+    """Put rows that were trained beside the adapter into their matrix, in place; returns which, by module."""
+    rows = {}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.utils.TrainableTokensWrapper):
+            layer = module.token_adapter
+            (adapter,) = layer.token_indices
+            weight = layer.get_base_layer().weight
+            weight[layer.token_indices[adapter]] = layer.trainable_tokens_delta[adapter].to(weight)
+            rows[name] = layer.token_indices[adapter]
+    return rows
+
+
 def check_loaded(model, weights: dict):
     """Assert that the model's adapter has the values of the file, rounded to the model's type."""
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -81,13 +96,21 @@ def check_loaded(model, weights: dict):
     assert not wrong, f"{len(wrong)} tensors of the adapter were not loaded, first {wrong[0]}"
 
 
-def check_merged(model, weights: dict):
+def check_merged(model, weights: dict, token_rows: dict):
     """Assert that what was trained beside the adapter is in the merged model, rounded to its type."""
     merged = model.state_dict()
     wrong = []
     for name, value in weights.items():
+        if ".lora_" in name or ".original_module." in name:  # the latter peft stores with --lora_bias all: not trained
+            continue
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if ".lora_" not in name and not same(merged[plain], value):
+        plain = plain.replace(".modules_to_save.default.", ".")
+        if plain.endswith(TOKEN_ROWS):
+            key = plain.removesuffix(TOKEN_ROWS)
+            found = merged[f"{key}.weight"][token_rows[key]]
+        else:
+            found = merged[plain]
+        if not same(found, value):
             wrong.append(name)
     assert not wrong, f"{len(wrong)} trained tensors are not in the merged model, first {wrong[0]}"
 
@@ -148,8 +171,9 @@ def merge_into(aside: Path, model, weights: dict, adapter: Path, base: str) -> f
     check_loaded(model, weights)
     for layer in tqdm([module for module in model.modules() if isinstance(module, lora.LoraLayer)], desc="merging"):
         merge_layer(layer)
+    token_rows = merge_token_rows(model.get_base_model())
     model = model.unload()
-    check_merged(model, weights)
+    check_merged(model, weights, token_rows)
     after = probe_logits(model, processor)
     change = float((after - before).abs().max() / before.std())
     if not change <= TOLERANCE[model.dtype]:  # NaN is refused too
