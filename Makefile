@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Tiny models: a second thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-dpo demo-cls demo-grpo test soak lint setup clean
+.PHONY: demo demo-dpo demo-cls demo-grpo test test-compat soak lint setup clean
 
 LAUNCH := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 DEMO := --image_folder demo/videos --video_resized_width 64 --video_resized_height 64 --nframes 4 \
@@ -45,6 +45,12 @@ demo/demo.json: .venv/run.done
 test: .venv/dev.done lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# outputs load in transformers 4.57 too: written in .venv, read in an environment of its own
+test-compat: .venv/dev.done .venv-compat/done
+	rm -rf .compat
+	OMP_NUM_THREADS=1 $(BIN)/python tests/compat.py write .compat
+	OMP_NUM_THREADS=1 .venv-compat/bin/python tests/compat.py read .compat
+
 soak: .venv/dev.done
 	$(BIN)/python tests/soak.py
 
@@ -62,5 +68,10 @@ setup: .venv/dev.done
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+.venv-compat/done: Makefile
+	test -x .venv-compat/bin/python || $(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1 transformers==4.57.6 peft==0.17.1 jinja2
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-compat .compat demo

@@ -68,6 +68,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers.utils import cached_file
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 # Qwen's reference numbers (qwen_vl_utils 0.0.14): frames per second, frames, tokens.
@@ -79,6 +80,19 @@ VIDEO_MAX_TOKENS_PER_FRAME = 768
 VIDEO_TOTAL_TOKENS = 128000 * 0.9  # one video never exceeds this many pixels / 28²
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+
+# Tokens that each family's authors added to the vocabulary: an added token that is not among them is the user's.
+QWEN2_VL_TOKENS = {
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+}  # fmt: skip
+FAMILY_TOKENS = {
+    "qwen2_vl": QWEN2_VL_TOKENS,
+    "qwen2_5_vl": QWEN2_VL_TOKENS | {"<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+                                     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"},
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ 1. arguments
@@ -250,6 +264,10 @@ class TrainingArguments:
     def check(self, given: set[str]) -> list[str]:
         """What is wrong with a trainer's own flags, as check_arguments says it of the shared ones."""
         return []
+
+    def objective(self) -> str:
+        """What the trainer minimises, in a few words for the model card."""
+        return "fine-tuning"
 
 
 # Flags that mean nothing without --lora_enable, and those that an adapter's own config answers.
@@ -1560,7 +1578,7 @@ class Encoder:
 
     def __init__(self, model_path: str, args: TrainingArguments, room=None, watch: int | None = None):
         """`room`: see VideoCache; `watch`: see `watched`."""
-        processor = AutoProcessor.from_pretrained(model_path, cache_dir=args.cache_dir)
+        processor = load_processor(model_path, args.cache_dir)
         self.processor, self.tokenizer, self.args = processor, processor.tokenizer, args
         self.image_mean, self.image_std = processor.video_processor.image_mean, processor.video_processor.image_std
         self.chat_template = processor.chat_template or processor.tokenizer.chat_template
@@ -1833,6 +1851,15 @@ def warn_of_old_positions(flag: str, folder: str | None):
         say(f"warning: --{flag} {folder} was trained with other positions ({OLD_POSITION_RULE}, as in transformers "
             f"5.3) than it gets now ({POSITION_RULE}, as Qwen trained its models): its answers may be worse; train it "
             "again")  # fmt: skip
+
+
+def load_processor(source: str, cache_dir: str | None = None):
+    """The processor of a model, folder or hub name; its tokenizer's `name_or_path` is the folder of its files."""
+    processor = AutoProcessor.from_pretrained(source, cache_dir=cache_dir)
+    if not os.path.isdir(source):  # save_processor copies from the hub's cache, at the revision that was loaded
+        config = cached_file(source, "config.json", cache_dir=cache_dir, local_files_only=True)
+        processor.tokenizer.name_or_path = os.path.dirname(config)
+    return processor
 
 
 def load_config(source: str, args: TrainingArguments):
@@ -2258,7 +2285,7 @@ def add_adapter(model, trained: set[str], args: TrainingArguments):
         if inside and inside <= trained and not listed and not f"{name}.".startswith(tuple(f"{w}." for w in whole)):
             whole.append(name)
     if args.lora_weight_path:
-        config, targets = peft.PeftConfig.from_pretrained(args.lora_weight_path), None
+        config, targets = read_adapter(args.lora_weight_path)[0], None
         config.base_model_name_or_path, config.inference_mode = None, False
         config.lora_dropout, config.modules_to_save = args.lora_dropout, whole
     else:
@@ -2274,6 +2301,7 @@ def add_adapter(model, trained: set[str], args: TrainingArguments):
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias=args.lora_bias,
             use_dora=args.use_dora, target_modules=targets, modules_to_save=whole,
         )  # fmt: skip
+    config.trainable_token_indices = new_token_rows(model, config, args)
     output = model.get_output_embeddings()  # a classifier has none
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     model = peft.get_peft_model(model, config)
@@ -2291,6 +2319,126 @@ def add_adapter(model, trained: set[str], args: TrainingArguments):
     return model
 
 
+def new_tokens(tokenizer, model_type: str) -> dict[str, int]:
+    """The tokens, with their ids, that the user has added to those of a family."""
+    added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])
+    return {token: i for token, i in added if token not in FAMILY_TOKENS[model_type]}
+
+
+def new_token_rows(model, config, args: TrainingArguments) -> dict[str, list[int]] | None:
+    """peft's `trainable_token_indices` of a LoRA run: rows of embeddings and head, where these have no adapter.
+
+    ZeRO-3 and FSDP2 split the matrices, so that no row can be trained alone: see describe_new_tokens.
+
+    Raises:
+        InputError: a token without a row, or an adapter to go on from that has other rows.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    tokens = new_tokens(load_processor(args.model_id, args.cache_dir).tokenizer, model.config.model_type)
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if missing := {token: i for token, i in tokens.items() if i >= embeddings.num_embeddings}:
+        raise InputError(f"--model_id {args.model_id}: {len(missing)} new tokens of its tokenizer, first "
+                         f"{next(iter(missing))!r}, have no row in its {embeddings.num_embeddings} embeddings: call "
+                         "model.resize_token_embeddings and save it again")  # fmt: skip
+    tied = output is not None and output.weight is embeddings.weight  # peft then trains one row for both
+    modules = {"embed_tokens": embeddings} | ({} if output is None or tied else {"lm_head": output})
+    names = {id(module): name for name, module in model.named_modules()}
+    alone = [key for key, module in modules.items() if not check_target_module_exists(config, names[id(module)])]
+    split = launched_with("fsdp") or transformers.integrations.is_deepspeed_zero3_enabled()
+    rows = {key: list(tokens.values()) for key in alone} if tokens and not split else {}
+    held = config.trainable_token_indices or {}
+    held = held if isinstance(held, dict) else {"embed_tokens": list(held)}
+    if held and held != rows:
+        raise InputError(f"--lora_weight_path {args.lora_weight_path} has rows of new tokens, {held}; this run would "
+                         f"train {rows or 'none'}: merge it (tools/merge_lora.py) and go on from that")  # fmt: skip
+    return rows or None
+
+
+def describe_new_tokens(model, encoder) -> str:
+    """For the banner, where a tokenizer has new tokens: how their rows are trained, seen from the model itself."""
+    tokens = new_tokens(encoder.tokenizer, encoder.config.model_type)
+    if not tokens:
+        return ""
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    ways = {}
+    for key, module in (("embeddings", plain.get_input_embeddings()), ("head", plain.get_output_embeddings())):
+        trained = {name for name, p in module.named_parameters() if p.requires_grad} if module is not None else None
+        if trained is None:  # a classifier has no head for tokens
+            continue
+        if any("trainable_tokens" in name for name in trained):
+            ways[key] = "their rows are trained beside the adapter"
+        elif any("lora_" in name for name in trained):
+            ways[key] = "covered by the module's adapter"
+        else:
+            ways[key] = "trained like all rows" if trained else "NOT trained"
+    first = ", ".join(list(tokens)[:3]) + (", …" if len(tokens) > 3 else "")
+    line = f"\n  new tokens {len(tokens)} ({first}): " + "; ".join(f"{key}: {way}" for key, way in ways.items())
+    if "NOT trained" in ways.values() and hasattr(model, "peft_config"):
+        line += " (ZeRO-3 and FSDP2 split them): launch with ddp.yaml or zero2.yaml"
+    elif "NOT trained" in ways.values():
+        line += ": drop --freeze_llm, or train an adapter (--lora_enable True)"
+    return line
+
+
+def current_name(name: str) -> str:
+    """A module's name, or a pattern of names, since transformers 4.52: tower and language model moved into `model`."""
+    name = re.sub(r"^(\^?)visual(?=\W|$)", r"\1model.visual", name)
+    return re.sub(r"^(\^?)model(?=\W|$)(?!\\?\.(language_model|visual)\b)", r"\1model.language_model", name)
+
+
+def read_adapter(folder: str | Path):
+    """`(config, weights)` of an adapter, its modules named as they are since transformers 4.52.
+
+    peft 0.21 does not rename them: it would leave such weights out with a warning, or find no module to adapt.
+    """
+    import peft
+
+    config, found = peft.PeftConfig.from_pretrained(folder), peft.load_peft_weights(folder, device="cpu")
+    prefix = "base_model.model."
+    weights = {prefix + current_name(name.removeprefix(prefix)): value for name, value in found.items()}
+    if weights.keys() != found.keys():
+        # a regex cannot be renamed: the modules are those that have weights
+        config.target_modules = {name.removeprefix(prefix).split(".lora_")[0] for name in weights if ".lora_" in name}
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        config.modules_to_save = [current_name(name) for name in config.modules_to_save or []]
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(config, field_name) or {}
+            setattr(config, field_name, {current_name(name): value for name, value in pattern.items()})
+        if isinstance(config.trainable_token_indices, dict):
+            tokens = {current_name(name): value for name, value in config.trainable_token_indices.items()}
+            config.trainable_token_indices = tokens
+    return config, weights
+
+
+def put_adapter(model, folder: str | Path):
+    """Put a stored adapter on its base model, to be used, not trained: `(PeftModel, weights of the file)`.
+
+    Raises:
+        InputError: a tensor of the file has no place in the model, another shape there, or is missing.
+    """
+    import peft
+
+    config, weights = read_adapter(folder)
+    config.inference_mode = True
+    model = peft.get_peft_model(model, config).eval()
+    wanted = {
+        name: value
+        for name, value in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        if ".original_module." not in name and ".modules_to_save." not in name
+    }  # stored again with biases
+    wrong = [f"{name} has shape {list(weights[name].shape)} there, {list(wanted[name].shape)} here"
+             for name in weights.keys() & wanted.keys() if weights[name].shape != wanted[name].shape]  # fmt: skip
+    wrong += [f"{name} is not there" for name in wanted.keys() - weights.keys()]
+    if not wrong:  # what plain peft stores besides, such as whole embeddings, only loading can tell
+        found = peft.set_peft_model_state_dict(model, weights)
+        wrong = [f"{name} has no place here" for name in found.unexpected_keys]
+    if wrong:
+        raise InputError(f"{folder} is not an adapter of this model, {len(wrong)} tensors do not fit: "
+                         + "; ".join(sorted(wrong)[:5]) + ". Give the base model that it was trained on")  # fmt: skip
+    return model, weights
+
+
 def load_adapter(model, args: TrainingArguments, path: str | None):
     """Read the weights of checkpoint `path` or else of --lora_weight_path into add_adapter's model, unrounded.
 
@@ -2302,10 +2450,10 @@ def load_adapter(model, args: TrainingArguments, path: str | None):
     import peft
 
     folder = path or args.lora_weight_path
-    held, ours = peft.PeftConfig.from_pretrained(folder), model.peft_config["default"]
+    held, weights = read_adapter(folder)
+    ours = model.peft_config["default"]
     differ = [f"{key} {getattr(held, key)} there, {getattr(ours, key)} here" for key in ADAPTER_SHAPE.values()
               if getattr(held, key) != getattr(ours, key)]  # fmt: skip
-    weights = peft.load_peft_weights(folder, device="cpu")
     wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     lacking = sorted(name for name in wanted.keys() - weights.keys() if path or ".lora_" in name)
     unused = sorted(weights.keys() - wanted.keys())
@@ -3053,33 +3201,183 @@ def _worker(pipe, args, room, watch_folder):
 # ---------------------------------------------------------------------------------------------------- 9. checkpoints
 
 
-def save_model(model, processor, folder: str | Path, state: dict | None = None):
+# What a model's folder has besides weights and configuration: outputs get the base's own files, as they are.
+PROCESSOR_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
+    "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def save_model(model, processor, folder: str | Path, state: dict | None = None, args: TrainingArguments | None = None):
     """Write weights (safetensors), config and processor so that plain from_pretrained loads them, in one float type.
 
     fp32 as soon as one parameter is fp32: a mix would be rounded down to the first one's type on loading. `state`
-    holds the gathered weights where the model has only its share of them.
+    holds the gathered weights where the model has only its share of them. With `args` there is a model card, too.
     """
-    if hasattr(model, "peft_config"):  # the adapter and what is trained beside it
+    folder = Path(folder)
+    adapter = hasattr(model, "peft_config")
+    if adapter:  # the adapter and what is trained beside it
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-        processor.save_pretrained(folder)
         if model.config.problem_type:  # a classifier's labels are in its config
             config = copy.deepcopy(model.config)
             config.__dict__.pop("quantization_config", None)
             config.save_pretrained(folder)
-        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as saved:
+            finish_config(folder)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as saved:
             empty = [name for name in saved.keys() if 0 in saved.get_slice(name).get_shape()]  # noqa: SIM118
         assert not empty, f"{len(empty)} empty tensors, first {empty[0]}: split weights were not gathered"
-        return
-    weights = model.state_dict() if state is None else state
-    types = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
-    if len(types) > 1:
-        state = {name: tensor.to("cpu", torch.float32) if tensor.is_floating_point() else tensor
-                 for name, tensor in weights.items()}  # fmt: skip
-    model.save_pretrained(folder, state_dict=state)
-    config = json.loads((Path(folder) / "config.json").read_text())
-    config["dtype"] = "float32" if len(types) > 1 else str(types.pop()).removeprefix("torch.")
-    write_json(Path(folder) / "config.json", config)
-    processor.save_pretrained(folder)
+    else:
+        weights = model.state_dict() if state is None else state
+        types = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+        if len(types) > 1:
+            state = {name: tensor.to("cpu", torch.float32) if tensor.is_floating_point() else tensor
+                     for name, tensor in weights.items()}  # fmt: skip
+        model.save_pretrained(folder, state_dict=state)
+        finish_config(folder, "float32" if len(types) > 1 else str(types.pop()).removeprefix("torch."))
+    save_processor(processor, folder)
+    if args:
+        kind = "adapter" if adapter else "model"
+        write_card(folder, kind, model.config, card_facts(args))
+    for file in folder.iterdir():
+        follow_umask(file)
+
+
+def finish_config(folder: Path, dtype: str | None = None):
+    """Write `dtype` into config.json, and rotary and tied embeddings where transformers 4 looks for them, too."""
+    config = json.loads((folder / "config.json").read_text())
+    text = config["text_config"]
+    rope = dict(text["rope_parameters"])
+    text["rope_theta"] = rope.pop("rope_theta")
+    text["rope_scaling"] = {**rope, "type": rope["rope_type"]}
+    text["tie_word_embeddings"] = config["tie_word_embeddings"]  # 5.x reads the outer one, 4.57 the inner one
+    write_json(folder / "config.json", config | ({"dtype": dtype} if dtype else {}))
+
+
+def processor_files(folder: str | Path) -> tuple[list[str], bool]:
+    """Which of PROCESSOR_FILES a folder has, and whether a processor can be loaded from them."""
+    names = [name for name in PROCESSOR_FILES if (Path(folder) / name).is_file()]
+    needed = [("tokenizer_config.json",), ("tokenizer.json", "vocab.json"),
+              ("preprocessor_config.json", "processor_config.json")]  # fmt: skip
+    return names, all(any(name in names for name in either) for either in needed)
+
+
+def save_processor(processor, folder: str | Path):
+    """Copy the base's tokenizer, processor and template files as they are; see add_older_files for what is added."""
+    base = processor.tokenizer.name_or_path
+    if not (base and processor_files(base)[1]):  # it is gone, or has only some of them
+        processor.save_pretrained(folder)
+    if base:
+        copy_processor(base, folder)
+    add_older_files(folder)
+
+
+def copy_processor(source: str | Path, folder: str | Path):
+    """Copy the processor files that `source` has."""
+    for name in processor_files(source)[0]:
+        shutil.copyfile(Path(source) / name, Path(folder) / name)
+
+
+def add_older_files(folder: str | Path):
+    """Write what transformers 4.57 needs and a processor that 5.x wrote lacks; 5.x reads the result as before."""
+    folder = Path(folder)
+    nested_path, tokenizer_path = folder / "processor_config.json", folder / "tokenizer_config.json"
+    nested = json.loads(nested_path.read_text()) if nested_path.is_file() else {}
+    for part, name in (("image_processor", "preprocessor_config.json"),
+                       ("video_processor", "video_preprocessor_config.json")):  # fmt: skip
+        if part in nested and not (folder / name).is_file():
+            write_json(folder / name, {**nested[part], "processor_class": nested.get("processor_class")})
+    written = json.loads(tokenizer_path.read_text())
+    tokenizer = dict(written)
+    if isinstance(tokenizer.get("extra_special_tokens"), list):  # 4.57 expects a dict there, 5.x reads both names
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # a class of 5.x for any tokenizer.json
+        tokenizer["tokenizer_class"] = "Qwen2Tokenizer"
+    if tokenizer != written:
+        write_json(tokenizer_path, tokenizer)
+
+
+def follow_umask(path: str | Path):
+    """Give a file the mode that open() gives: safetensors makes its files readable for the owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
+def save_tensors(tensors: dict, path: str | Path, metadata: dict | None = None):
+    """safetensors' save_file, with the mode that open() gives."""
+    save_file(tensors, path, metadata)
+    follow_umask(path)
+
+
+CARD_MARK = "<!-- multivideo "  # a model card that has it is ours; what follows is what it says, as JSON
+
+
+def card_facts(args: TrainingArguments) -> dict:
+    """What a model card says of a run: the base model (None: it has no hub name), the trainer and its objective."""
+    hub = not (looks_local(args.model_id) or os.path.isdir(args.model_id))
+    return {"base_model": args.model_id if hub else None, "bits": args.bits, "objective": args.objective(),
+            "trainer": os.path.basename(inspect.getfile(type(args)))}  # fmt: skip
+
+
+def own_card(path: Path) -> dict | None:
+    """The facts of a model card that write_card wrote; None: there is none, or it is the user's own."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return json.loads(text.split(CARD_MARK, 1)[1].split(" -->")[0]) if CARD_MARK in text else None
+
+
+def write_card(folder: Path, kind: str, config, facts: dict):
+    """Write README.md: see model_card."""
+    (folder / "README.md").write_text(model_card(kind, config, facts), encoding="utf-8")
+
+
+def model_card(kind: str, config, facts: dict) -> str:
+    """The model card of an "adapter", a whole "model" or an adapter "merged" into its base.
+
+    `config` is the model's, `facts` are card_facts of the run. The last section is on positions.
+    """
+    base = facts["base_model"] or "path/to/the/base/model"
+    family = "Qwen2_5_VL" if config.model_type == "qwen2_5_vl" else "Qwen2VL"
+    auto = f"{family}ForSequenceClassification" if config.problem_type else "AutoModelForImageTextToText"
+    names = "AutoProcessor" if config.problem_type else f"{auto}, AutoProcessor"
+    lines = [f"from train_cls import {auto}"] if config.problem_type else []
+    folder, given = '"path/to/this/folder"', ""
+    if kind == "adapter" and config.problem_type:  # the labels are beside the adapter
+        names, given = f"AutoConfig, {names}", f", config=AutoConfig.from_pretrained({folder})"
+    lines += [f"from transformers import {names}", ""]
+    if kind == "adapter":
+        lines = ["from peft import PeftModel", *lines,
+                 f'model = {auto}.from_pretrained("{base}"{given}, dtype="auto")',
+                 f"model = PeftModel.from_pretrained(model, {folder})"]  # fmt: skip
+    else:
+        lines.append(f'model = {auto}.from_pretrained({folder}, dtype="auto")')
+    lines.append(f"processor = AutoProcessor.from_pretrained({folder})")
+    header = [f"library_name: {'peft' if kind == 'adapter' else 'transformers'}"]
+    header += [f"base_model: {facts['base_model']}"] if facts["base_model"] else []
+    header += [] if config.problem_type else ["pipeline_tag: image-text-to-text"]
+    what = {"adapter": "An adapter", "model": "All weights of a model", "merged": "A model with its adapter merged"}
+    said = f"Trained by `{facts['trainer']}`: {facts['objective']}."
+    named = f"`{facts['base_model']}`" if facts["base_model"] else "a local folder without a name on the hub"
+    bits = f" It was held in {facts['bits']} bits in training." if facts["bits"] < 16 else ""
+    code = "\n".join(lines)
+    return f"""---
+{chr(10).join(header)}
+---
+{CARD_MARK}{json.dumps(facts)} -->
+# {what[kind]}
+
+{said} Base model: {named}.{bits}
+
+```python
+{code}
+```
+
+## Positions
+
+Training used the position rule of Qwen's authors: the text after a clip (a video or an image) goes on one past the
+largest of the clip's temporal, height and width positions. Plain `generate` of transformers 5.3 and later counts on
+differently after a clip.
+"""
 
 
 def write_json(path: Path, value):
@@ -3111,7 +3409,9 @@ def publish_model(output_dir: str, engine: Engine, processor, best: str | None):
                 )
                 shutil.copytree(Path(output_dir) / best, aside, ignore=shutil.ignore_patterns(*own))
             else:
-                save_model(engine.raw_model, processor, aside, state)
+                save_model(engine.raw_model, processor, aside, state, engine.args)
+            if (Path(output_dir) / "README.md").is_file() and not own_card(Path(output_dir) / "README.md"):
+                (aside / "README.md").unlink(missing_ok=True)  # the user's stays
             for file in aside.iterdir():
                 _fsync(file)
             adapter = (aside / "adapter_config.json").is_file()
@@ -3147,7 +3447,7 @@ def _write_checkpoint(final, aside, engine, processor, state):
     with writing():
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
-            save_model(engine.raw_model, processor, aside, weights)
+            save_model(engine.raw_model, processor, aside, weights, engine.args)
     tensors, numbers = {}, {}
     if not engine.deepspeed:
         for name, values in engine.optimizer_state().items():
@@ -3167,10 +3467,10 @@ def _write_checkpoint(final, aside, engine, processor, state):
                 raise
             raise InputError(f"{final} cannot be written: {str(error).splitlines()[0]}; {INTACT}") from None
     with writing():
-        save_file(random_states, aside / f"random_states_{accelerator.process_index}.safetensors")
+        save_tensors(random_states, aside / f"random_states_{accelerator.process_index}.safetensors")
     with writing():
         if accelerator.is_main_process:
-            save_file(tensors, aside / "optimizer.safetensors")
+            save_tensors(tensors, aside / "optimizer.safetensors")
             saved = {**state, "num_processes": accelerator.num_processes, "zero_stage": engine.zero_stage,
                      "optimizer": numbers, "scaler": engine.scaler.state_dict()}  # fmt: skip
             write_json(aside / "trainer_state.json", saved)
@@ -3397,6 +3697,7 @@ def describe_run(
             counts.setdefault(part_of(name), 0)
             counts[part_of(name)] += getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves 0 in numel
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    tokens = describe_new_tokens(model, encoder)
     if args.lora_enable:
         parts += f"; LoRA of rank {args.lora_rank} on {len(model.targeted_module_names)} modules"
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
@@ -3424,7 +3725,7 @@ def describe_run(
     arithmetic = f"{args.per_device_train_batch_size} samples × {rows} rows × {world_size} processes"
     say(f"""  records    {len(records)}, {per_step} per step = {arithmetic}
   steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
-  trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}
+  trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}{tokens}
   video      {size}
   frames     {frames}
   sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual

@@ -100,6 +100,10 @@ class ClassificationArguments(mv.TrainingArguments):
     mlp_head_dim: int = mv.arg(0, "Width of a hidden layer in the head; 0: none, the head is linear.")
     mlp_head_dropout: float = mv.arg(0.0, "Dropout after that hidden layer.")
 
+    def objective(self) -> str:
+        """For the model card."""
+        return f"{self.problem_type.replace('_', ' ')}, loss {self.loss_type}"
+
     def check(self, given: set[str]) -> list[str]:
         """What is wrong with these flags, as sentences that name the mend."""
         problems = []

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Features, List
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -85,6 +85,10 @@ class DPOArguments(mv.TrainingArguments):
     lora_dropout: float = mv.arg(
         0.0, "Share of an adapter's inputs that is dropped in training: noise in the margins."
     )
+
+    def objective(self) -> str:
+        """For the model card."""
+        return f"preference tuning (DPO), loss {' + '.join(self.dpo_loss)}, beta {self.beta:g}"
 
     def check(self, given: set[str]) -> list[str]:
         """What is wrong with these flags, as sentences that name the mend."""
@@ -414,7 +418,7 @@ def find_table(path: Path, settings: dict) -> dict | None:
 def write_tensors(path: Path, tensors: dict, settings: dict):
     """Write a safetensors file aside, then rename: the file is never half there."""
     aside = path.with_name(f".{path.name}.aside")
-    save_file(tensors, aside, {"settings": json.dumps(settings)})
+    mv.save_tensors(tensors, aside, {"settings": json.dumps(settings)})
     os.replace(aside, path)
 
 

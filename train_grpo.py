@@ -131,6 +131,11 @@ class GRPOArguments(mv.TrainingArguments):
         False, "Learn nothing from completions without an end (a step that has no other updates nothing)."
     )
 
+    def objective(self) -> str:
+        """For the model card."""
+        rewards = ", ".join(Path(name).name for name in self.reward_funcs)
+        return f"reinforcement learning (GRPO), loss {self.loss_type}, beta {self.beta:g}, rewards {rewards}"
+
     def check(self, given: set[str]) -> list[str]:
         """What is wrong with these flags, as sentences; derived defaults are filled in."""
         problems = []

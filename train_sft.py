@@ -37,6 +37,10 @@ import multivideo as mv
 class SFTArguments(mv.TrainingArguments):
     """All flags are the shared ones."""
 
+    def objective(self) -> str:
+        """For the model card."""
+        return "supervised fine-tuning, cross-entropy of the assistant turns"
+
 
 def sft_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Summed negative log-likelihood in nats: logits [1, S, V] at the supervised positions, targets [S] → scalar."""

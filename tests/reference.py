@@ -1,6 +1,8 @@
 """The usual way, as an independent reference: qwen_vl_utils, HF processor, plain HF model, one sample at a time."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
 
@@ -85,3 +87,43 @@ def hf_loss(model, inputs, labels):
     """Summed negative log-likelihood of one sample through the plain model."""
     logits = model(**inputs, use_cache=False).logits[0]
     return F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=-100, reduction="sum")
+
+
+def as_on_the_hub(folder):
+    """Rewrite what transformers 5 wrote into `folder` the way Qwen's own repositories have it, by hand."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    for key in ("model_type", "layer_types", "pad_token_id"):
+        text.pop(key, None)
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    config["vision_config"] = {key: value for key, value in config["vision_config"].items() if "rope" not in key}
+    config["torch_dtype"] = config.pop("dtype")
+    config |= {**text, "tie_word_embeddings": config["tie_word_embeddings"], "transformers_version": "4.41.2"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+    nested = json.loads((folder / "processor_config.json").read_text())
+    image = nested["image_processor"]
+    image |= {"min_pixels": image["size"]["shortest_edge"], "max_pixels": image["size"]["longest_edge"],
+              "processor_class": nested["processor_class"]}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2))
+    (folder / "processor_config.json").unlink()
+
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    added = {str(token.pop("id")): token for token in whole["added_tokens"]}
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    for key in ("backend", "add_prefix_space"):
+        tokenizer.pop(key)
+    tokenizer |= {"added_tokens_decoder": added, "chat_template": template, "errors": "replace"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
+    (folder / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")

@@ -172,6 +172,9 @@ def save_tiny_model(
     )  # fmt: skip
     model.save_pretrained(path)
     processor.save_pretrained(path)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    os.chmod(Path(path) / "model.safetensors", 0o666 & ~mask)  # safetensors makes it readable for the owner alone
     return path
 
 

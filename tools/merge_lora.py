@@ -30,6 +30,7 @@ from train_cls import CLASSIFIERS
 
 # Largest difference of two logits over their standard deviation: rounding of the merged weights, with room to spare.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # peft's name of the rows of new tokens
 ROWS = 4096  # of a layer that are merged at a time
 
 
@@ -74,6 +75,51 @@ def merge_layer(layer):
         weight[part] = merged
 
 
+@torch.no_grad()
+def merge_token_rows(model) -> dict[str, list[int]]:
+    """Put rows that were trained beside the adapter into their matrix, in place; returns which, by module."""
+    rows = {}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.utils.TrainableTokensWrapper):
+            layer = module.token_adapter
+            (adapter,) = layer.token_indices
+            weight = layer.get_base_layer().weight
+            weight[layer.token_indices[adapter]] = layer.trainable_tokens_delta[adapter].to(weight)
+            rows[name] = layer.token_indices[adapter]
+    return rows
+
+
+def check_loaded(model, weights: dict):
+    """Assert that the model's adapter has the values of the file, rounded to the model's type."""
+    loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = [name for name, value in loaded.items() if not same(value, weights[name])]
+    assert not wrong, f"{len(wrong)} tensors of the adapter were not loaded, first {wrong[0]}"
+
+
+def check_merged(model, weights: dict, token_rows: dict):
+    """Assert that what was trained beside the adapter is in the merged model, rounded to its type."""
+    merged = model.state_dict()
+    wrong = []
+    for name, value in weights.items():
+        if ".lora_" in name or ".original_module." in name:  # the latter peft stores with --lora_bias all: not trained
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        plain = plain.replace(".modules_to_save.default.", ".")
+        if plain.endswith(TOKEN_ROWS):
+            key = plain.removesuffix(TOKEN_ROWS)
+            found = merged[f"{key}.weight"][token_rows[key]]
+        else:
+            found = merged[plain]
+        if not same(found, value):
+            wrong.append(name)
+    assert not wrong, f"{len(wrong)} trained tensors are not in the merged model, first {wrong[0]}"
+
+
+def same(ours: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether a tensor is the stored one, rounded to its own type; NaN is equal to NaN."""
+    return torch.equal(ours.nan_to_num(), stored.to(ours.dtype).nan_to_num())
+
+
 def merge(model_id: str, output_path: str, base_model_id: str | None = None, dtype: str = "auto") -> float:
     """Write the merged model and its processor to `output_path`; returns the largest relative change of a logit.
 
@@ -93,7 +139,6 @@ def merge(model_id: str, output_path: str, base_model_id: str | None = None, dty
     base = base_model_id or json.loads(config_path.read_text())["base_model_name_or_path"]
     if os.path.isabs(base) and not Path(base).is_dir():
         raise mv.InputError(f"the adapter's base model {base} is not there any more: say where with --base_model_id")
-    processor = AutoProcessor.from_pretrained(adapter)
     model_class, kwargs = AutoModelForImageTextToText, {}
     if (adapter / "config.json").is_file():  # a classifier's, with its labels
         kwargs["config"] = AutoConfig.from_pretrained(adapter, dtype=AutoConfig.from_pretrained(base).dtype)
@@ -101,27 +146,50 @@ def merge(model_id: str, output_path: str, base_model_id: str | None = None, dty
     model = model_class.from_pretrained(base, dtype=dtype, **kwargs).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     print(f"{base}: {size / 1e9:.2f} GB in {str(model.dtype).removeprefix('torch.')}", file=sys.stderr)
-    model = peft.PeftModel.from_pretrained(model, adapter)
+    model, weights = mv.put_adapter(model, adapter)
+    aside = final.with_name(f".{final.name}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        change = merge_into(aside, model, weights, adapter, base)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    os.rename(aside, final)
+    print(f"{final}: merged; the largest change of a logit is {change:.2g} of their standard deviation")
+    return change
+
+
+def merge_into(aside: Path, model, weights: dict, adapter: Path, base: str) -> float:
+    """Merge the PeftModel's adapter, check that all its `weights` arrived, and write the result; see merge."""
+    if not mv.processor_files(adapter)[1]:  # another program's: it has none, or only a tokenizer
+        mv.save_processor(mv.load_processor(base), aside)
+    mv.copy_processor(adapter, aside)
+    mv.add_older_files(aside)
+    processor = AutoProcessor.from_pretrained(aside)
     before = probe_logits(model, processor)
+    check_loaded(model, weights)
     for layer in tqdm([module for module in model.modules() if isinstance(module, lora.LoraLayer)], desc="merging"):
         merge_layer(layer)
+    token_rows = merge_token_rows(model.get_base_model())
     model = model.unload()
+    check_merged(model, weights, token_rows)
     after = probe_logits(model, processor)
     change = float((after - before).abs().max() / before.std())
     if not change <= TOLERANCE[model.dtype]:  # NaN is refused too
         raise mv.InputError(f"merging changes a logit by {change:.2g} of their standard deviation, and rounding to "
                             f"{str(model.dtype).removeprefix('torch.')} explains only {TOLERANCE[model.dtype]:g}: "
                             "nothing was written; --dtype float32 rounds less")  # fmt: skip
-    aside = final.with_name(f".{final.name}.aside")
-    shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside, max_shard_size="2GB")
-    processor.save_pretrained(aside)
+    mv.finish_config(aside)
+    if facts := mv.own_card(adapter / "README.md"):
+        mv.write_card(aside, "merged", model.config, facts)
     for run in (adapter / "arguments.json", adapter.parent / "arguments.json"):
         if run.is_file():  # the sizes and the system prompt that it was trained with, for predict.py
             shutil.copy(run, aside)
             break
-    os.rename(aside, final)
-    print(f"{final}: merged; the largest change of a logit is {change:.2g} of their standard deviation")
+    for file in aside.iterdir():
+        mv.follow_umask(file)
     return change
 
 

@@ -210,9 +210,7 @@ def load_model(args: AnswerArguments, device, config=None):
         **({"config": config} if config else {}),
     )  # fmt: skip
     if folder:
-        import peft
-
-        model = peft.PeftModel.from_pretrained(model, folder)
+        model, _ = mv.put_adapter(model, folder)
     kernel = args.attn_implementation
     if kernel == "auto":
         kernel = "varlen" if low is not None and torch.device(device).type == "cuda" else "sdpa"
