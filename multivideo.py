@@ -1795,7 +1795,8 @@ def clip_positions(grid, seconds: float, config) -> np.ndarray:
 
 def qwen_position_ids(inputs, config) -> torch.Tensor:
     """`position_ids` [4, B, T] for a plain transformers model, from what its processor gives (padded or not)."""
-    input_ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    input_ids = inputs["input_ids"]
+    real = inputs.get("attention_mask", torch.ones_like(input_ids)).bool()
     images = [(grid.tolist(), 1.0) for grid in inputs.get("image_grid_thw", [])]
     videos = [grid.tolist() for grid in inputs.get("video_grid_thw", [])]
     seconds = [float(value) for value in inputs.get("second_per_grid_ts", [1.0] * len(videos))]
@@ -3331,6 +3332,26 @@ def write_card(folder: Path, kind: str, config, facts: dict):
     (folder / "README.md").write_text(model_card(kind, config, facts), encoding="utf-8")
 
 
+POSITION_LINES = """hand over the positions, and `generate` goes on from them.
+
+```python
+inputs["position_ids"] = qwen_position_ids(inputs, model.config)  # [4, B, T] from the processor's output
+output = model.generate(**inputs, max_new_tokens=64)
+```
+
+<details><summary>qwen_position_ids</summary>
+
+```python
+import numpy as np
+import torch
+
+
+{}```
+
+</details>
+"""
+
+
 def model_card(kind: str, config, facts: dict) -> str:
     """The model card of an "adapter", a whole "model" or an adapter "merged" into its base.
 
@@ -3360,6 +3381,8 @@ def model_card(kind: str, config, facts: dict) -> str:
     named = f"`{facts['base_model']}`" if facts["base_model"] else "a local folder without a name on the hub"
     bits = f" It was held in {facts['bits']} bits in training." if facts["bits"] < 16 else ""
     code = "\n".join(lines)
+    own = "the class above counts as in training by itself.\n" if config.problem_type else POSITION_LINES.format(
+        "\n\n".join(map(inspect.getsource, (qwen_position_ids, qwen_positions, clip_positions))))  # fmt: skip
     return f"""---
 {chr(10).join(header)}
 ---
@@ -3375,9 +3398,8 @@ def model_card(kind: str, config, facts: dict) -> str:
 ## Positions
 
 Training used the position rule of Qwen's authors: the text after a clip (a video or an image) goes on one past the
-largest of the clip's temporal, height and width positions. Plain `generate` of transformers 5.3 and later counts on
-differently after a clip.
-"""
+largest of the clip's temporal, height and width positions, as in transformers 4.49 to 4.51 and vLLM. Plain
+transformers 5.3 and later counts otherwise: {own}"""
 
 
 def write_json(path: Path, value):

@@ -264,6 +264,10 @@ class VideoSequenceClassifier(GenericForSequenceClassification):
     def forward(self, input_ids=None, attention_mask=None, pool_positions=None, **kwargs):
         """Logits of a packed row at `pool_positions` int64 [B], or of padded sequences as in the library."""
         if pool_positions is None:
+            if input_ids is not None and kwargs.get("position_ids") is None:  # the library's rule is another one
+                inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+                inputs = {name: value for name, value in inputs.items() if value is not None}
+                kwargs["position_ids"] = mv.qwen_position_ids(inputs, self.config)
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state  # [1, T, hidden]
         return SequenceClassifierOutputWithPast(logits=self.score(hidden[0, pool_positions]))

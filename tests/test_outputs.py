@@ -248,7 +248,7 @@ def test_model_cards(bases, base, kind, tmp_path):
     trainer = "train_cls.py" if "classifier" in kind else "train_dpo.py"
     assert f"Trained by `{trainer}`: {objective}." in card.text
     assert "one past the\nlargest of the clip's temporal, height and width positions" in card.text
-    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    code, *positions = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     for name, there in (("path/to/this/folder", out), ("path/to/the/base/model", bases["hub"]),
                         ("acme/tiny", bases["hub"])):  # fmt: skip
         code = code.replace(name, str(there))
@@ -256,6 +256,22 @@ def test_model_cards(bases, base, kind, tmp_path):
     exec(code, names)
     torch.testing.assert_close(logits(names["model"]), logits(model), rtol=0, atol=1e-5)
     assert names["processor"].tokenizer.eos_token == "<|im_end|>"
+    assert len(positions) == (0 if "classifier" in kind else 2)
+    if positions:  # a prompt with a clip whose largest position is a temporal one
+        inputs = names["processor"](
+            text=["<|vision_start|><|video_pad|><|vision_end|>What?"], videos=[torch.zeros(4, 3, 56, 56)],
+            video_metadata=[{"fps": 0.25, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}], do_resize=False,
+            do_sample_frames=False, return_tensors="pt")  # fmt: skip
+        use, source = positions
+        apart = {"inputs": inputs, "model": names["model"]}
+        exec(source + use, apart)  # in a place that knows nothing else
+        assert torch.equal(inputs["position_ids"], mv.qwen_position_ids(inputs, model.config))
+        start = inputs["input_ids"][0].tolist().index(model.config.video_token_id)
+        assert inputs["position_ids"][1, 0, -2:].tolist() == [
+            start + 18,
+            start + 19,
+        ]  # 16 + 1 to the end of the vision
+        assert apart["output"].shape[1] > inputs["input_ids"].shape[1]
 
 
 def test_a_users_own_card_stays(bases, tmp_path, monkeypatch):
