@@ -23,6 +23,7 @@ import train_sft
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DOCS = [path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 BLOCKS = {
     kind: [text for other, text in FENCED.findall(README) if other == kind] for kind in ("bash", "sh", "json", "")
@@ -140,12 +141,12 @@ FOREIGN_FLAGS = {"--signal"}  # SLURM's
 
 
 def test_flags_exist(monkeypatch):
-    """Every flag that the README names anywhere is one of a trainer, a tool or the launcher."""
+    """Every flag that the README or docs/ name anywhere is one of a trainer, a tool or the launcher."""
     known = FOREIGN_FLAGS | {"--help"}
     commands = [script_of(command) for command in COMMANDS if command[0] in ("python", "accelerate")]
     for script, *argv in [*([script, "--data_path", "data.json"] for script in SCRIPTS), *commands]:
         known |= run_until_parsed(script, argv, monkeypatch, parse=False)
-    named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", README))
+    named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", "".join([README, *DOCS])))
     launchers = launch_command_parser()._option_string_actions.keys()
     assert len(named) > 50
     assert {flag for flag in named - known if flag not in launchers} == set()
@@ -253,7 +254,7 @@ def test_sizes(tmp_path, monkeypatch):
 def test_metrics_are_explained():
     source = "".join((ROOT / f"train_{name}.py").read_text() for name in NORMALIZE)
     counted = "".join(re.findall(r"(?:counts|row) = \{\n(.*?)\n +\}", source, re.S))
-    table = README.split("## What the metrics mean")[1].split("## ")[0]
+    table = (ROOT / "docs" / "metrics.md").read_text()
     names = ["reward", "rewards/NAME", "completions/mean_length", "eval_reward", "eval_loss", "not_finite",
              *train_dpo.METRICS, *re.findall(r'"(completions/\w+)":', source),
              *(f"eval_{name}" for kind in train_cls.METRICS.values() for name in kind),
@@ -292,6 +293,13 @@ def test_messages_are_ours():
 
 
 def test_length():
-    lines = README.splitlines()
-    assert len(lines) <= 250
-    assert [line for line in lines if len(line) > 119] == []
+    assert len(README.splitlines()) <= 250
+    assert [line for page in (README, *DOCS) for line in page.splitlines() if len(line) > 119] == []
+
+
+def test_links():
+    """Files that a page links to exist, and every page of docs/ is linked from the README."""
+    for folder, page in ((ROOT, README), *((ROOT / "docs", page) for page in DOCS)):
+        linked = [link for link in re.findall(r"\]\(([^)#]+)", page) if not link.startswith("http")]
+        assert [link for link in linked if not (folder / link).exists()] == []
+    assert {path.name for path in (ROOT / "docs").iterdir()} <= set(re.findall(r"\(docs/([\w.]+)\)", README))
