@@ -380,7 +380,7 @@ def reference_settings(args: DPOArguments, data_path: str, folder: str, encoder:
              if file.suffix in (".safetensors", ".bin") and not file.name.startswith("ref_log_probs-")]  # fmt: skip
     weights = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     if not Path(source).is_dir():
-        weights.append(AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)._commit_hash)
+        weights.append(Path(mv.hub_snapshot(source, args.cache_dir)).name)
     kept = {key: run[key] for key in ("model", "data file (SHA-256)", "records", "precision")}
     # Under autocast frozen parts have another type than trained ones.
     flags = {flag: getattr(args, flag) for flag in SAMPLE_FLAGS + TYPE_FLAGS * bool(mv.autocast_dtype(args))}
