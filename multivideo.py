@@ -3097,8 +3097,11 @@ def card_facts(args: TrainingArguments) -> dict:
 
 def own_card(path: Path) -> dict | None:
     """The facts of a model card that write_card wrote; None: there is none, or it is the user's own."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return json.loads(text.split(CARD_MARK, 1)[1].split(" -->")[0]) if CARD_MARK in text else None
+    try:
+        marked = path.read_text(encoding="utf-8").split(CARD_MARK, 1)[1]
+        return json.JSONDecoder().raw_decode(marked)[0]
+    except (FileNotFoundError, IndexError, ValueError):
+        return None
 
 
 def write_card(folder: Path, kind: str, config, facts: dict):
@@ -3138,7 +3141,7 @@ def model_card(kind: str, config, facts: dict) -> str:
     return f"""---
 {chr(10).join(header)}
 ---
-{CARD_MARK}{json.dumps(facts)} -->
+{CARD_MARK}{json.dumps(facts)}: without this line the next run leaves this file alone -->
 # {what[kind]}
 
 {said} Base model: {named}.{bits}
