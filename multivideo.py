@@ -1837,7 +1837,7 @@ def run_arguments(folder: str | Path) -> dict | None:
 def weights_identity(source: str, cache_dir: str | None = None) -> list[str]:
     """Size and time of change of a model's or adapter's weight files, or the commit of a hub model."""
     if not Path(source).is_dir():
-        return [f"{source} at commit {AutoConfig.from_pretrained(source, cache_dir=cache_dir)._commit_hash}"]
+        return [f"{source} at commit {Path(hub_snapshot(source, cache_dir)).name}"]
     files = [file for file in sorted(Path(source).iterdir()) if file.suffix in (".safetensors", ".bin")
              and file.name.startswith(("model", "adapter_model", "pytorch_model"))]  # fmt: skip
     return [f"{file.name}: {file.stat().st_size} bytes of {np.datetime64(file.stat().st_mtime_ns, 'ns')}"
@@ -1857,10 +1857,14 @@ def warn_of_old_positions(flag: str, folder: str | None):
 def load_processor(source: str, cache_dir: str | None = None):
     """The processor of a model, folder or hub name; its tokenizer's `name_or_path` is the folder of its files."""
     processor = AutoProcessor.from_pretrained(source, cache_dir=cache_dir)
-    if not os.path.isdir(source):  # save_processor copies from the hub's cache, at the revision that was loaded
-        config = cached_file(source, "config.json", cache_dir=cache_dir, local_files_only=True)
-        processor.tokenizer.name_or_path = os.path.dirname(config)
+    if not os.path.isdir(source):  # save_processor copies from there
+        processor.tokenizer.name_or_path = hub_snapshot(source, cache_dir)
     return processor
+
+
+def hub_snapshot(name: str, cache_dir: str | None) -> str:
+    """Folder of a hub model in the cache that holds the revision which was loaded; it is called like the commit."""
+    return os.path.dirname(cached_file(name, "config.json", cache_dir=cache_dir, local_files_only=True))
 
 
 def load_config(source: str, args: TrainingArguments):
@@ -2238,7 +2242,8 @@ def load_model(
     if fresh_head:
         model.init_head(args)
     if args.lora_enable:
-        model = add_adapter(model, trained, args)
+        tokenizer = load_processor(args.model_id, args.cache_dir).tokenizer
+        model = add_adapter(model, trained, args, new_tokens(tokenizer, model.config.model_type))
         set_types({name for name, parameter in model.named_parameters() if parameter.requires_grad})
         if path or args.lora_weight_path:
             load_adapter(model, args, path)
@@ -2268,11 +2273,11 @@ def quantization(args: TrainingArguments, low: torch.dtype | None, device) -> di
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def add_adapter(model, trained: set[str], args: TrainingArguments):
+def add_adapter(model, trained: set[str], args: TrainingArguments, tokens: dict[str, int] | None = None):
     """Put LoRA on a model, as a PeftModel: only the adapters and the parameters named in `trained` can be trained.
 
     The latter go into peft's modules_to_save, whole modules at a time: peft keeps their frozen originals beside them,
-    so that the model without its adapter stays at hand.
+    so that the model without its adapter stays at hand. Rows of new `tokens` are trained too, see new_token_rows.
 
     Raises:
         ValueError: no module is left to adapt, or the choice cannot be merged.
@@ -2302,7 +2307,7 @@ def add_adapter(model, trained: set[str], args: TrainingArguments):
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias=args.lora_bias,
             use_dora=args.use_dora, target_modules=targets, modules_to_save=whole,
         )  # fmt: skip
-    config.trainable_token_indices = new_token_rows(model, config, args)
+    config.trainable_token_indices = new_token_rows(model, config, args, tokens or {})
     output = model.get_output_embeddings()  # a classifier has none
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     model = peft.get_peft_model(model, config)
@@ -2326,7 +2331,7 @@ def new_tokens(tokenizer, model_type: str) -> dict[str, int]:
     return {token: i for token, i in added if token not in FAMILY_TOKENS[model_type]}
 
 
-def new_token_rows(model, config, args: TrainingArguments) -> dict[str, list[int]] | None:
+def new_token_rows(model, config, args: TrainingArguments, tokens: dict[str, int]) -> dict[str, list[int]] | None:
     """peft's `trainable_token_indices` of a LoRA run: rows of embeddings and head, where these have no adapter.
 
     ZeRO-3 and FSDP2 split the matrices, so that no row can be trained alone: see describe_new_tokens.
@@ -2336,7 +2341,6 @@ def new_token_rows(model, config, args: TrainingArguments) -> dict[str, list[int
     """
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    tokens = new_tokens(load_processor(args.model_id, args.cache_dir).tokenizer, model.config.model_type)
     embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     if missing := {token: i for token, i in tokens.items() if i >= embeddings.num_embeddings}:
         raise InputError(f"--model_id {args.model_id}: {len(missing)} new tokens of its tokenizer, first "
@@ -3323,8 +3327,11 @@ def card_facts(args: TrainingArguments) -> dict:
 
 def own_card(path: Path) -> dict | None:
     """The facts of a model card that write_card wrote; None: there is none, or it is the user's own."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return json.loads(text.split(CARD_MARK, 1)[1].split(" -->")[0]) if CARD_MARK in text else None
+    try:
+        marked = path.read_text(encoding="utf-8").split(CARD_MARK, 1)[1]
+        return json.JSONDecoder().raw_decode(marked)[0]
+    except (FileNotFoundError, IndexError, ValueError):
+        return None
 
 
 def write_card(folder: Path, kind: str, config, facts: dict):
@@ -3386,7 +3393,7 @@ def model_card(kind: str, config, facts: dict) -> str:
     return f"""---
 {chr(10).join(header)}
 ---
-{CARD_MARK}{json.dumps(facts)} -->
+{CARD_MARK}{json.dumps(facts)}: without this line the next run leaves this file alone -->
 # {what[kind]}
 
 {said} Base model: {named}.{bits}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-MESSAGES = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What does this video show?"}]}]
+MESSAGES = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What does this <scan> show?"}]}]
 VIDEO = torch.randint(256, (8, 3, 56, 84), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
@@ -54,6 +54,10 @@ def write(root: Path):
             base = str(save_tiny_model(place / "base", **kwargs))
             if style == "hub":
                 as_on_the_hub(base)
+            if name == "tied":  # tokens of the user's own
+                tokenizer = AutoTokenizer.from_pretrained(base)
+                tokenizer.add_tokens(["<scan>", "<side>"])
+                tokenizer.save_pretrained(base)
             processor = mv.load_processor(base)
             for kind in ("model", "adapter"):
                 args = mv.TrainingArguments(model_id=base)
@@ -78,7 +82,7 @@ def load(place: Path, kind: str):
         return AutoModelForImageTextToText.from_pretrained(place / kind)
     from peft import PeftModel
 
-    # an adapter goes onto the base, which 4.57 must be able to load: the one written by transformers 5 is not
+    # 4.57 cannot load a base that transformers 5 wrote: there the adapter goes onto the output
     base = place / "base" if "five" not in place.name else place / "model"
     return PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), place / kind)
 

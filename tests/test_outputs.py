@@ -287,9 +287,10 @@ def test_a_users_own_card_stays(bases, tmp_path, monkeypatch):
     (out / "README.md").write_text(first.replace("All weights", "Some weights"))
     in_process(monkeypatch, *line)
     assert (out / "README.md").read_text() == first
-    (out / "README.md").write_text("# Mine\n")
-    in_process(monkeypatch, *line)
-    assert (out / "README.md").read_text() == "# Mine\n"
+    for mine in ("# Mine\n", "\n".join(row for row in first.splitlines() if mv.CARD_MARK not in row)):
+        (out / "README.md").write_text(mine)
+        in_process(monkeypatch, *line)
+        assert (out / "README.md").read_text() == mine
     assert not (out / ".model.aside").exists() and (out / "config.json").is_file()
 
 
@@ -512,3 +513,33 @@ def test_new_tokens_that_cannot_be_trained(bases, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(mv.InputError, match="8 new tokens of its tokenizer, first '<more32>', have no row in its 384"):
         mv.load_model(replace(args, model_id=str(tmp_path / "base")), "cpu")
+
+
+# ---------------------------------------------------------------------------------------- adapters of other programs
+
+
+def test_plain_pefts_adapter_on_embeddings(bases, tmp_path):
+    """peft stores the frozen embeddings beside it: they are loaded, and are not what the merged ones must equal."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_pretrained(bases["hub"])
+    config = peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(name.endswith("embed_tokens.base_layer.weight") for name in stored)
+    asked = predict.AnswerArguments(model_id=str(tmp_path / "out"))
+    torch.testing.assert_close(logits(predict.load_model(asked, "cpu")), logits(model), rtol=0, atol=1e-6)
+    merge(str(tmp_path / "out"), str(tmp_path / "merged"))
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-5)
+    assert not (tmp_path / "merged" / "README.md").exists()  # nothing is known of its training
+
+
+def test_reference_table_knows_the_revision(bases, tmp_path):
+    """DPO's precomputed log-probabilities of a hub model are those of one commit."""
+    hub_cache(tmp_path / "cache", bases["hub"])
+    mv.write_json(tmp_path / "data.json", [])
+    args = train_dpo.DPOArguments(model_id="acme/tiny", cache_dir=str(tmp_path / "cache"))
+    encoder = mv.Encoder(args.model_id, args)
+    settings = train_dpo.reference_settings(args, str(tmp_path / "data.json"), str(tmp_path), encoder, [])
+    assert settings["weights"] == [REVISION]

@@ -197,7 +197,7 @@ def test_an_earlier_model_is_never_mixed_with_a_later_one(tmp_path, monkeypatch)
     ):
         (tmp_path / name).write_text("old")
 
-    def save_model(model, processor, folder, state):
+    def save_model(model, processor, folder, state, args):
         Path(folder).mkdir()
         for name in ("config.json", "model.safetensors", "a.json", "z.json"):
             (Path(folder) / name).write_text("new")
@@ -211,7 +211,7 @@ def test_an_earlier_model_is_never_mixed_with_a_later_one(tmp_path, monkeypatch)
     monkeypatch.setattr(mv, "save_model", save_model)
     monkeypatch.setattr(mv.os, "replace", watched)
     accelerator = SimpleNamespace(is_main_process=True, process_index=0, device="cpu", gather=lambda tensor: tensor)
-    engine = SimpleNamespace(accelerator=accelerator, full_state=lambda: None, raw_model=None)
+    engine = SimpleNamespace(accelerator=accelerator, full_state=lambda: None, raw_model=None, args=None)
     mv.publish_model(tmp_path, engine, None, None)
     assert seen[0] == {"mine.safetensors"} and all("config.json" not in names for names in seen)
     assert {path.name for path in tmp_path.iterdir()} == {
