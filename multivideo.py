@@ -1745,6 +1745,34 @@ class Encoder:
         }  # fmt: skip
         return add_suffixes(sample, suffixes)
 
+    def last_position(self, record: dict, folder: str) -> int | None:
+        """The largest position of a record's sample, without decoding: None if the cache does not know all its videos.
+
+        Raises:
+            ValueError: a file cannot be used, or the sample does not fit --max_video_tokens.
+        """
+        parts = [part for message in record["messages"] for part in message["content"] if part["type"] != "text"]
+        shapes, seconds = [], []
+        for part in parts:
+            if part["type"] == "video":
+                info = self.cache and self.cache.info(self.cache.identity(resolve_path(part["files"][0], folder)))
+                if not info:
+                    return None
+                rate = sample_frames(part, info.num_frames, info.fps, self.args)[1]
+            else:
+                rate = part["fps"] or self.args.fps
+            shapes.append(clip_shape(part, folder, self.args, self.factor, self.cache))
+            seconds.append(shapes[-1][0] / rate)  # of the whole clip
+        budget = self.args.max_video_tokens
+        last = -1
+        for (frames, height, width), whole in zip(
+            fit_video_tokens(shapes, budget, self.factor) if budget else shapes, seconds
+        ):
+            grid = math.ceil(frames / FRAME_FACTOR), height // self.patch_size, width // self.patch_size
+            last += int(clip_positions(grid, whole * FRAME_FACTOR / frames, self.config).max()) + 1
+        (input_ids, _), *suffixes = self.tokenize(record["messages"], record.get("completions"))
+        return last + len(input_ids) - len(parts) + max((len(suffix) for suffix, _ in suffixes), default=0)
+
     @property
     def patch_dim(self) -> int:
         """Values of one patch: channels × frames × height × width."""
@@ -3714,6 +3742,9 @@ def prune_checkpoints(newest: Path, keep: int | None, best: str | None):
         _remove_folder(folder)
 
 
+BANNER_RECORDS = 200  # that the banner looks at
+
+
 def describe_run(
     args: TrainingArguments, model, stream: SampleStream, records: Dataset, total_steps: int, world_size: int
 ):
@@ -3747,7 +3778,15 @@ def describe_run(
     visual = (
         sum(t * h * w for t, h, w in first["video_grid_thw"]) // encoder.merge_size**2 if "input_ids" in first else "?"
     )
-    last = first["position_ids"].max() if "input_ids" in first else "?"
+    known = []
+    for i in spread_evenly(0, len(records) - 1, min(len(records), BANNER_RECORDS)):
+        with contextlib.suppress(ValueError, OSError):  # of files that are reported elsewhere
+            last = encoder.last_position(records[i], args.image_folder)
+            known += [] if last is None else [last]
+    positions = f"0 to {max(known):,}, the largest of {len(known):,} of {len(records):,} records" if known else "?"
+    positions += f" (those in the video cache); made for 0 to {encoder.max_positions - 1:,}"
+    if known and max(known) >= encoder.max_positions:
+        positions += ": TOO LARGE, give shorter parts of the videos ('start' and 'end'), or split the samples"
     cache = f"{args.video_cache}, at most {args.video_cache_limit_gb:g} GB" if args.video_cache else "none"
     if args.video_cache and (others := VideoCache.describe_other_versions(args.video_cache)):
         cache += f"; {others}"
@@ -3758,7 +3797,7 @@ def describe_run(
   video      {size}
   frames     {frames}
   sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual
-  positions  0 to {last} in sample 0, made for 0 to {encoder.max_positions - 1}; all samples: tools/check_data.py
+  positions  {positions}
   cache      {cache}
   output     {args.output_dir}""")  # fmt: skip
 

@@ -1,5 +1,6 @@
 """check_data.py, preview.py and the memory formula, against mv.Encoder, hand-made damage and real allocations."""
 
+import ctypes
 import dataclasses
 import importlib
 import itertools
@@ -137,13 +138,17 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("name", "decode"), [*((name, False) for name in SETTINGS), ("fps", True), ("budget", True)])
-def test_tokens_are_those_of_the_encoder(tiny_model, folder, records, name, decode):
+def test_tokens_are_those_of_the_encoder(tiny_model, folder, records, tmp_path, name, decode):
     """Counted from containers or decoded, each sample's tokens are what mv.Encoder makes, sample by sample."""
     small = {"video_min_pixels": 784, "video_max_pixels": 20000, "image_min_pixels": 784}
     args = mv.TrainingArguments(model_id=tiny_model, **{**small, **SETTINGS[name]})
     found, encoder = look(args, records, folder, decode)
+    encoder.cache = mv.VideoCache(str(tmp_path), ctypes.c_double(1e9))
     for number, raw in enumerate(records):
-        sample = encoder(check_data._worker["normalize"](raw, "x"), str(folder))
+        row = check_data._worker["normalize"](raw, "x")
+        assert number > 0 or encoder.last_position(row, str(folder)) is None  # its videos are not in the cache yet
+        sample = encoder(row, str(folder))
+        assert encoder.last_position(row, str(folder)) == sample["position_ids"][1:].max()
         grid = sample["video_grid_thw"]
         columns = "id, total, visual, learned, videos, images, whole > visual, last"
         ours = found(f"SELECT {columns} FROM good WHERE number = ?", number).fetchone()
