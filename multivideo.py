@@ -46,6 +46,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow.compute as pc
 import safetensors.numpy
@@ -57,6 +58,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, fsdp2_prepare_model, gather_object
 from datasets import Dataset, Features, List, Value
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -1882,8 +1884,37 @@ def warn_of_old_positions(flag: str, folder: str | None):
             "again")  # fmt: skip
 
 
+@functools.cache
+def find_model(source: str, cache_dir: str | None = None):
+    """Make sure within seconds that a model can be read: a folder, on the hub, or, without a network, in the cache.
+
+    Raises:
+        InputError: none of these.
+    """
+    if os.path.isdir(source):
+        return
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().model_info(source, timeout=10)
+            return
+        reason = "HF_HUB_OFFLINE is set"
+    except (HFValidationError, GatedRepoError, RepositoryNotFoundError) as error:
+        fix = "run hf auth login with an account that may read it" if isinstance(error, GatedRepoError) else (
+            "check its spelling, run hf auth login if it is private, or name a folder")  # fmt: skip
+        what = "is gated" if isinstance(error, GatedRepoError) else "is neither a folder nor a model on the hub"
+        raise InputError(f"model {source}: {what}: {fix}") from None
+    except Exception as error:  # whatever the network may raise
+        reason = f"the hub cannot be reached ({error or type(error).__name__})"
+    if not isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json", cache_dir=cache_dir), str):
+        raise InputError(f"model {source}: {reason}, and it is not in the cache: download it where there is a network "
+                         f"(hf download {source}), or name a folder")  # fmt: skip
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # else every file is asked for again and again
+    say(f"model {source}: {reason}: the copy in the cache is used")
+
+
 def load_processor(source: str, cache_dir: str | None = None):
     """The processor of a model, folder or hub name; its tokenizer's `name_or_path` is the folder of its files."""
+    find_model(source, cache_dir)
     processor = AutoProcessor.from_pretrained(source, cache_dir=cache_dir)
     if not os.path.isdir(source):  # save_processor copies from there
         processor.tokenizer.name_or_path = hub_snapshot(source, cache_dir)
@@ -1901,6 +1932,7 @@ def load_config(source: str, args: TrainingArguments):
     Raises:
         InputError: it is of a family that is not supported.
     """
+    find_model(source, args.cache_dir)
     config = AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)
     if config.model_type not in FAMILIES:
         raise InputError(f"--model_id {source} is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}")

@@ -827,12 +827,12 @@ def main():
     here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
     args.image_folder = args.image_folder or str(here)
     args.eval_image_folder = args.eval_image_folder or args.image_folder
+    encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():
         normalize = partial(normalize_record, problem_type=args.problem_type, default_prompt=args.default_prompt,
                             labels=args.labels)  # fmt: skip
         records = mv.load_records(args.data_path, normalize, FEATURES)
         eval_records = mv.load_records(args.eval_path, normalize, FEATURES) if args.eval_path else None
-    encoder = mv.Encoder(args.model_id, args)
     model_config = make_config(records, args, encoder)
     if eval_records:
         check_records(eval_records, model_config, args.eval_path)

@@ -296,6 +296,7 @@ def check_reference(args: DPOArguments, encoder: mv.Encoder):
     Raises:
         InputError: says what differs.
     """
+    mv.find_model(args.ref_model_id, args.cache_dir)
     config = AutoConfig.from_pretrained(args.ref_model_id, cache_dir=args.cache_dir)
     differ = ["model_type"] if config.model_type != encoder.config.model_type else []
     names = ["patch_size", "temporal_patch_size", "spatial_merge_size", "tokens_per_second"]
@@ -551,10 +552,10 @@ def main():
     here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
     args.image_folder = args.image_folder or str(here)
     args.eval_image_folder = args.eval_image_folder or args.image_folder
+    encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():
         records = mv.load_records(args.data_path, normalize_record, FEATURES)
         eval_records = mv.load_records(args.eval_path, normalize_record, FEATURES) if args.eval_path else None
-    encoder = mv.Encoder(args.model_id, args)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)

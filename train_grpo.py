@@ -913,6 +913,7 @@ def main():
     here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
     args.image_folder = args.image_folder or str(here)
     args.eval_image_folder = args.eval_image_folder or args.image_folder
+    encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():
         records = mv.load_records(args.data_path, normalize_record, RECORD)
         eval_records = mv.load_records(args.eval_path, normalize_record, RECORD) if args.eval_path else None
@@ -923,7 +924,6 @@ def main():
     check_parameters("--data_path", args.data_path, columns, functions)
     if eval_records:
         check_parameters("--eval_path", args.eval_path, eval_columns, functions)
-    encoder = mv.Encoder(args.model_id, args)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)

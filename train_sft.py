@@ -100,10 +100,10 @@ def main():
     here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
     args.image_folder = args.image_folder or str(here)
     args.eval_image_folder = args.eval_image_folder or args.image_folder
+    encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():
         records = mv.load_records(args.data_path, normalize_record)
         eval_records = mv.load_records(args.eval_path, normalize_record) if args.eval_path else None
-    encoder = mv.Encoder(args.model_id, args)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)

@@ -139,6 +139,7 @@ def merge(model_id: str, output_path: str, base_model_id: str | None = None, dty
     base = base_model_id or json.loads(config_path.read_text())["base_model_name_or_path"]
     if os.path.isabs(base) and not Path(base).is_dir():
         raise mv.InputError(f"the adapter's base model {base} is not there any more: say where with --base_model_id")
+    mv.find_model(base)
     model_class, kwargs = AutoModelForImageTextToText, {}
     if (adapter / "config.json").is_file():  # a classifier's, with its labels
         kwargs["config"] = AutoConfig.from_pretrained(adapter, dtype=AutoConfig.from_pretrained(base).dtype)

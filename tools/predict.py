@@ -166,6 +166,7 @@ def classifier_config(args: AnswerArguments):
     folder = Path(args.model_id)
     if folder.is_dir() and not (folder / "config.json").is_file():
         return None  # an adapter of a language model
+    mv.find_model(args.model_id, args.cache_dir)
     config = AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
     adapter = (folder / "adapter_config.json").is_file()
     named = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
@@ -184,6 +185,7 @@ def base_model(args: AnswerArguments) -> str | None:
     base = args.base_model_id or json.loads(adapter.read_text())["base_model_name_or_path"]
     if os.path.isabs(base) and not Path(base).is_dir():
         raise mv.InputError(f"the adapter's base model {base} is gone: say where with --base_model_id")
+    mv.find_model(base, args.cache_dir)
     return base
 
 
