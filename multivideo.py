@@ -3100,7 +3100,7 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     saved = json.loads((folder / "trainer_state.json").read_text())
     if lacking := sorted(state.keys() - saved.keys()):
         raise InputError(f"{folder}: trainer_state.json has no {', '.join(lacking)}: another version wrote it")
-    if saved["best"] is not None and not math.isfinite(saved["best"]):  # an earlier version's
+    if not math.isfinite(saved.get("best") or 0.0):  # an earlier version's
         saved["best"] = saved["best_checkpoint"] = None
     changed = {key: f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()
                if saved["run"].get(key) != value}  # fmt: skip
