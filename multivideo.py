@@ -3707,7 +3707,7 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     if lacking := sorted(state.keys() - saved.keys()):
         raise InputError(f"{folder}: trainer_state.json has no {', '.join(lacking)}: another version wrote it")
     saved["run"].setdefault("position rule", OLD_POSITION_RULE)
-    if saved["best"] is not None and not math.isfinite(saved["best"]):  # an earlier version's
+    if not math.isfinite(saved.get("best") or 0.0):  # an earlier version's
         saved["best"] = saved["best_checkpoint"] = None
     changed = {key: f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()
                if saved["run"].get(key) != value}  # fmt: skip
@@ -3871,13 +3871,13 @@ def cut_jsonl(path: Path, state: dict):
     os.replace(aside, path)
 
 
-def check_evaluated(accelerator: Accelerator, args: TrainingArguments, evaluated: int, records: Dataset):
-    """End the run when an evaluation skipped every record: it has no result; every process must call it."""
-    if not evaluated:
-        stop_all(accelerator, f"--eval_path {args.eval_path}: no record was evaluated, all {len(records)} were "
-                 "skipped: those that are too long need a higher --max_seq_length (GRPO: --max_prompt_length), "
-                 "--max_video_tokens, a lower --fps or smaller sizes; files that cannot be read are listed in "
-                 f"{Path(args.output_dir) / 'bad_videos.jsonl'}: fix them or remove their records")  # fmt: skip
+def stop_unevaluated(accelerator: Accelerator, args: TrainingArguments, records: Dataset):
+    """End the run because an evaluation skipped every record: it has no result; every process must call it."""
+    bad = Path(args.output_dir) / "bad_videos.jsonl"
+    stop_all(accelerator, f"--eval_path {args.eval_path}: no record was evaluated, all {len(records)} were skipped: "
+             "those that are too long need a higher --max_seq_length (GRPO: --max_prompt_length), --max_video_tokens, "
+             f"a lower --fps or smaller sizes; files that cannot be read are listed in {bad}: fix them or remove their "
+             "records. What was trained is saved: --resume_from_checkpoint auto continues it")  # fmt: skip
 
 
 def finite_result(result: dict) -> dict:

@@ -796,7 +796,8 @@ def evaluate(engine, stream, records, encoder, args, weights, caught) -> tuple[d
     model.train()
     table, loss = accelerator.reduce(table).cpu(), accelerator.reduce(loss).item()
     kept = table[:, -1].nonzero()[:, 0].tolist()
-    mv.check_evaluated(accelerator, args, len(kept), records)
+    if not kept:
+        return {"eval_samples": 0}, None
     records, logits = records.select(kept), table[kept, :-1].numpy()
     if not np.isfinite(logits).all():  # the same names as ever, without a value, and nothing is predicted
         result, _ = judge_logits(records, np.zeros_like(logits), config)
@@ -893,6 +894,9 @@ def main():
             if stop := evaluation is None:
                 break
             result, predictions = evaluation
+            if not result["eval_samples"]:
+                mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+                mv.stop_unevaluated(accelerator, args, eval_records)
             result = mv.finite_result(result)
             improved = mv.judge(state, result, args)
             state["eval_due"] = False

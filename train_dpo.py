@@ -531,7 +531,8 @@ def evaluate(engine, reference, stream, records, encoder, args, caught) -> dict 
     bar.close()
     model.train()
     pairs, tokens, chosen_tokens, *sums = accelerator.reduce(sums).tolist()
-    mv.check_evaluated(accelerator, args, pairs, records)
+    if not pairs:
+        return {"eval_samples": 0}
     scales = loss_scales(args, pairs, chosen_tokens)
     metrics = {f"eval_{name}": total / pairs for name, total in zip(METRICS, sums[len(scales) :])}
     loss = sum(total * scale for total, scale in zip(sums, scales))
@@ -621,6 +622,9 @@ def main():
             result = evaluate(engine, eval_reference, stream, eval_records, encoder, args, caught)
             if stop := result is None:
                 break
+            if not result["eval_samples"]:
+                mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+                mv.stop_unevaluated(accelerator, args, eval_records)
             result = mv.finite_result(result)
             improved = mv.judge(state, result, args)
             state["eval_due"] = False

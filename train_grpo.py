@@ -884,7 +884,8 @@ def evaluate(engine, stream, records, encoder, functions, columns, args, caught)
     sums = accelerator.reduce(torch.cat([sums, right]).to(accelerator.device)).cpu()
     if mv.stop_asked(accelerator, caught):  # the last answers were broken off
         return None
-    mv.check_evaluated(accelerator, args, int(sums[0]), records)
+    if not sums[0]:
+        return {"eval_samples": 0}
     told, _ = statistics(sums[:-3], list(functions))
     broken = bool(sums[-1])  # answers of a model whose log-probabilities are not finite mean nothing
     if math.isnan(told["reward"]) and not broken:
@@ -982,6 +983,9 @@ def main():
             result = evaluate(engine, stream, eval_records, encoder, functions, eval_columns, args, caught)
             if stop := result is None:
                 break
+            if not result["eval_samples"]:
+                mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+                mv.stop_unevaluated(accelerator, args, eval_records)
             result = mv.finite_result(result)
             improved = mv.judge(state, result, args)
             state["eval_due"] = False

@@ -82,7 +82,8 @@ def evaluate(engine, stream, records, encoder, args, caught) -> dict | None:
     bar.close()
     model.train()
     loss, tokens, samples = accelerator.reduce(sums).tolist()
-    mv.check_evaluated(accelerator, args, samples, records)
+    if not samples:
+        return {"eval_samples": 0}
     return {"eval_loss": loss / tokens, "eval_samples": int(samples), "eval_tokens": int(tokens)}
 
 
@@ -149,6 +150,9 @@ def main():
             result = evaluate(engine, stream, eval_records, encoder, args, caught)
             if stop := result is None:
                 break
+            if not result["eval_samples"]:
+                mv.save_checkpoint(args.output_dir, engine, encoder.processor, state)
+                mv.stop_unevaluated(accelerator, args, eval_records)
             result = mv.finite_result(result)
             improved = mv.judge(state, result, args)
             state["eval_due"] = False

@@ -522,7 +522,8 @@ def test_two_processes_take_the_same_decisions(run_flags, injected, tmp_path, mo
         tmp_path / "two", "--dataloader_num_workers", 1,
     )  # fmt: skip
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        learned = theirs["samples"] > 0  # in one of the steps every sample is dropped
+        assert ours["loss"] == (pytest.approx(theirs["loss"], rel=1e-4) if learned else None)
         for key in ("step", "samples", "skipped_samples", "bad_videos", "videos", "tokens", "records_crc32"):
             assert ours[key] == theirs[key], key
     assert told(tmp_path / "two") == told(tmp_path / "one")
