@@ -3876,8 +3876,8 @@ def stop_unevaluated(accelerator: Accelerator, args: TrainingArguments, records:
     bad = Path(args.output_dir) / "bad_videos.jsonl"
     stop_all(accelerator, f"--eval_path {args.eval_path}: no record was evaluated, all {len(records)} were skipped: "
              "those that are too long need a higher --max_seq_length (GRPO: --max_prompt_length), --max_video_tokens, "
-             f"a lower --fps or smaller sizes; files that cannot be read are listed in {bad}: fix them or remove their "
-             "records. What was trained is saved: --resume_from_checkpoint auto continues it")  # fmt: skip
+             f"a lower --fps or smaller sizes; files that cannot be read are listed in {bad}: fix them or remove "
+             "their records. What was trained is saved: --resume_from_checkpoint auto continues it")  # fmt: skip
 
 
 def finite_result(result: dict) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 from pathlib import Path
 
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
@@ -29,6 +30,13 @@ def write_clip(path, width, height, num_frames, rate=8, seed=0):
             image = np.ascontiguousarray(np.roll(picture, 3 * i, axis=1))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+
+
+def run_lines(code, folder, **names):
+    """Run Python lines of a page with these names; returns all names that there are then."""
+    path = Path(folder) / "lines.py"
+    path.write_text(code)
+    return runpy.run_path(str(path), names)
 
 
 def qwen_messages(record, folder, args):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from merge_lora import merge
-from reference import as_on_the_hub, write_clip
+from reference import as_on_the_hub, run_lines, write_clip
 from safetensors.torch import load_file, save_file
 from test_train import in_process
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -252,8 +252,7 @@ def test_model_cards(bases, base, kind, tmp_path):
     for name, there in (("path/to/this/folder", out), ("path/to/the/base/model", bases["hub"]),
                         ("acme/tiny", bases["hub"])):  # fmt: skip
         code = code.replace(name, str(there))
-    names = {}
-    exec(code, names)
+    names = run_lines(code, tmp_path)
     torch.testing.assert_close(logits(names["model"]), logits(model), rtol=0, atol=1e-5)
     assert names["processor"].tokenizer.eos_token == "<|im_end|>"
     assert len(positions) == (0 if "classifier" in kind else 2)
@@ -263,8 +262,7 @@ def test_model_cards(bases, base, kind, tmp_path):
             video_metadata=[{"fps": 0.25, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}], do_resize=False,
             do_sample_frames=False, return_tensors="pt")  # fmt: skip
         use, source = positions
-        apart = {"inputs": inputs, "model": names["model"]}
-        exec(source + use, apart)  # in a place that knows nothing else
+        apart = run_lines(source + use, tmp_path, inputs=inputs, model=names["model"])
         assert torch.equal(inputs["position_ids"], mv.qwen_position_ids(inputs, model.config))
         start = inputs["input_ids"][0].tolist().index(model.config.video_token_id)
         assert inputs["position_ids"][:, 0, start + 8].tolist() == [start + 8] + [start + 17] * 3  # 8 s × 2, and 1
@@ -542,4 +540,4 @@ def test_reference_table_knows_the_revision(bases, tmp_path):
     args = train_dpo.DPOArguments(model_id="acme/tiny", cache_dir=str(tmp_path / "cache"))
     encoder = mv.Encoder(args.model_id, args)
     settings = train_dpo.reference_settings(args, str(tmp_path / "data.json"), str(tmp_path), encoder, [])
-    assert settings["weights"] == [REVISION]
+    assert settings["weights"] == {"acme/tiny": [f"acme/tiny at commit {REVISION}"]}

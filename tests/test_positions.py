@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from reference import run_lines
 from test_grpo import OneProcess, arguments, prompts, reference_inputs  # noqa: F401
 from test_packing import clips  # noqa: F401
 from transformers import AutoModelForImageTextToText
@@ -91,7 +92,7 @@ def test_answers_behind_a_prompt_go_on_as_in_one_conversation():
         assert both[:, length + 5 :].tolist() == whole[:, length:].tolist()
 
 
-def test_documented_lines(tiny_model, prompts, clips):  # noqa: F811
+def test_documented_lines(tiny_model, prompts, clips, tmp_path):  # noqa: F811
     """The lines of README.md and docs/positions.md make plain `generate` answer as ours does; without it differs."""
     blocks = [block for page in ("README.md", "docs/positions.md")
               for block in re.findall(r"```python\n(.*?)```", (mv.Path(mv.__file__).parent / page).read_text(), re.S)
@@ -107,8 +108,7 @@ def test_documented_lines(tiny_model, prompts, clips):  # noqa: F811
     for block in blocks:
         inputs, length = reference_inputs(tiny_model, prompts[2], clips, [])
         del inputs["position_ids"]
-        names = {"inputs": inputs, "model": model}
-        exec(block, names)
+        names = run_lines(block, tmp_path, inputs=inputs, model=model)
         assert names["output"][0, length:].tolist()[: len(expected)] == expected
     del inputs["position_ids"]
     model.model.rope_deltas = None

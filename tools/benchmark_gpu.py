@@ -687,7 +687,7 @@ class Bench:
 
     def repeated_prompt(self, data) -> dict:
         """The usual way's prompt and its pixels, once for each completion."""
-        return {name: torch.cat([value] * self.scale.generations, dim=name == "position_ids")
+        return {name: torch.cat([value] * self.scale.generations, dim=int(name == "position_ids"))
                 for name, value in self.usual_batch(data).items() if name != "labels"}  # fmt: skip
 
     def grpo(self, way, data):
