@@ -6,6 +6,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import stat
 from dataclasses import replace
@@ -252,8 +253,8 @@ def test_model_cards(bases, base, kind, tmp_path):
     for name, there in (("path/to/this/folder", out), ("path/to/the/base/model", bases["hub"]),
                         ("acme/tiny", bases["hub"])):  # fmt: skip
         code = code.replace(name, str(there))
-    names = {}
-    exec(code, names)
+    (tmp_path / "card.py").write_text(code)
+    names = runpy.run_path(str(tmp_path / "card.py"))
     torch.testing.assert_close(logits(names["model"]), logits(model), rtol=0, atol=1e-5)
     assert names["processor"].tokenizer.eos_token == "<|im_end|>"
 
