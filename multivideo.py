@@ -497,8 +497,23 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
             complain(flag in given and getattr(args, flag) != value,
                      f"--{flag} {getattr(args, flag)}: the adapter of --lora_weight_path has {value}")  # fmt: skip
             setattr(args, flag, value)
-        complain(args.lora_namespan_exclude or args.num_lora_modules > 0, "--lora_namespan_exclude, "
-                 "--num_lora_modules: the adapter of --lora_weight_path has its modules: drop them")  # fmt: skip
+        targets = held.get("target_modules") or []
+        targets = [targets] if isinstance(targets, str) else targets
+        excluded = _listed(args.lora_namespan_exclude) or []
+        adapted = [name for name in targets if any(word in name for word in excluded)]
+        complain(adapted, f"--lora_namespan_exclude {args.lora_namespan_exclude}: the adapter of --lora_weight_path "
+                 f"is on {len(adapted)} such modules: drop the flag")  # fmt: skip
+        run, modules = run_arguments(folder) or {}, args.num_lora_modules
+        then = run.get("num_lora_modules", modules)
+        complain(modules not in (-1, then), f"--num_lora_modules {modules}: the run of --lora_weight_path had {then}: "
+                 "give the same, or drop the flag")  # fmt: skip
+        # What was trained in full beside the adapter is in its file, and needs a place here.
+        for flag in ("freeze_vision_tower", "freeze_merger", "unfreeze_topk_llm", "unfreeze_topk_vision"):
+            now = getattr(args, flag)
+            then = run.get(flag, now)
+            complain(now > then if flag.startswith("freeze") else now < then,
+                     f"--{flag} {now}: the run of --lora_weight_path had {then}, and what it trained is in the "
+                     f"adapter's file: give --{flag} {then}")  # fmt: skip
 
     if args.eval_strategy is None:
         args.eval_strategy = "epoch" if args.eval_path else "no"

@@ -123,8 +123,36 @@ def test_an_adapter_to_go_on_from_has_its_shape(parse, problems, tmp_path):
     assert said == [
         "--lora_rank 8: the adapter of --lora_weight_path has 3",
         "--use_dora False: the adapter of --lora_weight_path has True",
-        "--lora_namespan_exclude, --num_lora_modules: the adapter of --lora_weight_path has its modules: drop them",
     ]
+
+
+def test_recipe_flags_may_be_repeated_beside_an_adapter(parse, problems, tmp_path):
+    """Those of the adapter's run; each that differs is named with what to change, by the run's arguments.json."""
+    line = ["--lora_enable", "--freeze_llm", "--lora_weight_path", tmp_path]
+    config = {"peft_type": "LORA", "r": 64, "lora_alpha": 16, "target_modules": ["model.layers.0.q_proj", "lm_head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").touch()
+    run = {"freeze_vision_tower": False, "freeze_merger": True, "unfreeze_topk_llm": 2, "num_lora_modules": 7}
+    (tmp_path / "arguments.json").write_text(json.dumps(run))
+    same = [*line, "--freeze_merger", "True", "--unfreeze_topk_llm", 2, "--num_lora_modules", 7,
+            "--lora_namespan_exclude", "['embed_tokens']"]  # fmt: skip
+    assert parse(*same).lora_namespan_exclude == "['embed_tokens']"
+    assert parse(*line, "--unfreeze_topk_llm", 3).freeze_merger is False  # more is trained now than then
+    in_file = "and what it trained is in the adapter's file: give"
+    assert problems(*line, "--freeze_vision_tower", "True", "--num_lora_modules", 6, "--lora_namespan_exclude",
+                    "['lm_head']") == [
+        "--lora_namespan_exclude ['lm_head']: the adapter of --lora_weight_path is on 1 such modules: drop the flag",
+        "--num_lora_modules 6: the run of --lora_weight_path had 7: give the same, or drop the flag",
+        f"--freeze_vision_tower True: the run of --lora_weight_path had False, {in_file} --freeze_vision_tower False",
+        f"--unfreeze_topk_llm 0: the run of --lora_weight_path had 2, {in_file} --unfreeze_topk_llm 2",
+    ]  # fmt: skip
+    (tmp_path / "arguments.json").unlink()
+    assert parse(*line, "--freeze_vision_tower", "True")  # another program's: loading tells
+
+
+def test_an_adapter_of_another_kind(problems, tmp_path):
+    line = ["--lora_enable", "--freeze_llm", "--lora_weight_path", tmp_path]
+    (tmp_path / "adapter_model.safetensors").touch()
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     assert problems(*line) == [f"--lora_weight_path {tmp_path}: not a LoRA adapter"]
 

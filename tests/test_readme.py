@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from test_train import demo, launch  # noqa: F401
 from transformers import HfArgumentParser
 
 import multivideo as mv
@@ -103,6 +104,9 @@ def test_commands_parse(command, tmp_path, monkeypatch):
         script, *argv = script_of(command)
         (tmp_path / "videos").mkdir()
         (tmp_path / "out").mkdir()
+        if "--lora_weight_path" in argv:
+            (tmp_path / "out" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 64}')
+            (tmp_path / "out" / "adapter_model.safetensors").touch()
         for flag in {"--data_path", "--eval_path"} & set(argv):
             (tmp_path / argv[argv.index(flag) + 1]).write_text("[]")
         monkeypatch.chdir(tmp_path)
@@ -150,6 +154,26 @@ def test_flags_exist(monkeypatch):
     launchers = launch_command_parser()._option_string_actions.keys()
     assert len(named) > 50
     assert {flag for flag in named - known if flag not in launchers} == set()
+
+
+def test_sft_then_dpo(demo, tmp_path):  # noqa: F811
+    """The README's chain of SFT and DPO, its commands as they are but for model, data, folders and length."""
+    (sft,) = (c for c in COMMANDS if "train_sft.py" in c and "--bits" in c)
+    (dpo,) = (c for c in COMMANDS if "train_dpo.py" in c and "--lora_weight_path" in c)
+    for command, data in ((sft, "sft_train.json"), (dpo, "dpo_train.json")):
+        script = next(word for word in command if word.startswith("train_"))
+        words = command[command.index(script) + 1 :]
+        flags = dict(zip(words[::2], words[1::2]))  # the last of a flag stands
+        out = tmp_path / flags["--output_dir"]
+        flags |= {"--model_id": demo / "model", "--data_path": demo / data, "--image_folder": demo / "videos",
+                  "--output_dir": out, "--max_steps": 1, "--gradient_accumulation_steps": 1,
+                  "--dataloader_num_workers": 0}  # fmt: skip
+        if "--lora_weight_path" in flags:
+            flags["--lora_weight_path"] = tmp_path / flags["--lora_weight_path"]
+        launch(sys.executable, script, *(word for pair in flags.items() for word in pair))
+        (row,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert row["loss"] > 0 and (out / "adapter_model.safetensors").is_file()
+    assert abs(row["rewards/margins"]) < 1e-4  # the reference is the adapter that it began with
 
 
 def test_files_exist():
