@@ -296,6 +296,46 @@ REPLACED_FLAGS = {
     "overwrite_output_dir": "choose another --output_dir, or --resume_from_checkpoint auto",
     "video_decoder": "drop it: every video is decoded exactly by one decoder, PyAV",
     "lr_scheduler_kwargs": "drop it: the schedules of --lr_scheduler_type take no options",
+    **dict.fromkeys(["use_liger_loss", "liger_kernel_config"], "drop it: only supervised positions reach the output "
+                    "head"),
+    **dict.fromkeys(["activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"],
+                    "use --gradient_checkpointing True, which is not reentrant and has no options"),
+    **dict.fromkeys(["bf16_full_eval", "fp16_full_eval"], "drop it: evaluation has the precision of the training"),
+    **dict.fromkeys(["optim_args", "optim_target_modules"], "drop it: --optim has no options but Adam's own flags"),
+    "label_smoothing_factor": "drop it: the loss is the plain negative log-likelihood (for another, change sft_loss)",
+    "neftune_noise_alpha": "drop it: there is no noise on embeddings; against overfitting there is --lora_dropout",
+    **dict.fromkeys(["torch_compile", "torch_compile_backend", "torch_compile_mode"], "drop it: nothing is compiled"),
+    **dict.fromkeys(["push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
+                     "hub_revision"], "drop it, and upload after the training: hf upload NAME OUTPUT_DIR"),
+    **dict.fromkeys(["save_only_model", "save_on_each_node", "enable_jit_checkpoint"],
+                    "drop it: a checkpoint is always one that can be resumed; --save_total_limit keeps few"),
+    **dict.fromkeys(["prediction_loss_only", "do_predict", "eval_do_concat_batches", "eval_use_gather_object",
+                     "include_for_metrics", "batch_eval_metrics", "label_names", "generation_max_new_tokens"],
+                    "drop it: evaluation gives the trainer's own metrics; tools/predict.py generates answers to "
+                    "held-out records (--max_new_tokens) and their metrics"),
+    **dict.fromkeys(["dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_in_order",
+                     "dataloader_multiprocessing_context"], "drop it: --dataloader_num_workers processes decode "
+                    "ahead, in order, as far as memory allows"),
+    "dataloader_drop_last": "drop it: every record is used once in an epoch, whose last step is smaller",
+    **dict.fromkeys(["data_seed", "full_determinism"], "use --seed: it decides on the order and all random numbers"),
+    **dict.fromkeys(["ignore_data_skip", "restore_callback_states_from_checkpoint"],
+                    "drop it: --resume_from_checkpoint continues at once and exactly"),
+    "use_cpu": "say it to the launcher: accelerate launch --config_file accelerate_configs/cpu.yaml",
+    **dict.fromkeys(["accelerator_config", "parallelism_config", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+                     "ddp_static_graph", "ddp_backend", "ddp_timeout"],
+                    "drop it: how processes work together is the launcher's: --config_file accelerate_configs/…"),
+    "auto_find_batch_size": "ask tools/check_data.py --gpu_memory_gb which batch fits",
+    **dict.fromkeys(["logging_first_step", "log_on_each_node", "logging_nan_inf_filter", "log_level", "debug",
+                     "log_level_replica", "include_num_input_tokens_seen", "disable_tqdm", "skip_memory_metrics"],
+                    "drop it: metrics.jsonl has every step, with its tokens, times and memory"),
+    **dict.fromkeys(["project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"],
+                    "set it in the tracker's own environment variables; --run_name names the run"),
+    **dict.fromkeys(["train_sampling_strategy", "length_column_name"], "drop it: nothing is padded, so that grouping "
+                    "records by length would win nothing"),
+    **dict.fromkeys(["average_tokens_across_devices", "torch_empty_cache_steps", "use_cache"],
+                    "drop it: nothing here needs it"),
+    "enable_reasoning": "drop it: the chat templates of these models have no place for reasoning; write it into the "
+    "answer's text, as in <think>…</think>",
 }  # fmt: skip
 
 
@@ -354,6 +394,7 @@ def parse_arguments(arguments_class, argv: list[str] | None = None, unchecked: t
             good += words[: len(words) - len(extra)]
     (args,) = parser.parse_args_into_dataclasses(args=good, look_for_args_file=False)
     given = {group[0].split("=")[0].lstrip("-").replace("-", "_") for group in groups}
+    args.given = frozenset(given)
     idle = tuple(f"--{flag} " for flag in unchecked)
     found = check_arguments(args, given) + args.check(given)
     problems += [problem for problem in found if not problem.startswith(idle)]
@@ -3789,6 +3830,25 @@ def prune_checkpoints(newest: Path, keep: int | None, best: str | None):
         _remove_folder(folder)
 
 
+def doubtful_settings(args: TrainingArguments, total_steps: int) -> list[str]:
+    """What a run's settings mean that may not be meant, as sentences for the banner; the defaults are upstream's."""
+    given, notes = getattr(args, "given", ()), []
+    if args.save_strategy == "steps" and total_steps < args.save_steps:
+        notes.append(f"the run's {total_steps} steps are fewer than --save_steps {args.save_steps}: no checkpoint "
+                     "before its end")  # fmt: skip
+    if args.lora_enable and args.lora_alpha < args.lora_rank:
+        notes.append(f"--lora_alpha {args.lora_alpha} is below --lora_rank {args.lora_rank}: the adapter is scaled by "
+                     f"{args.lora_alpha / args.lora_rank:g}; usual are 1 and 2")  # fmt: skip
+    for part, rate in (("vision_tower", "vision_lr"), ("merger", "merger_lr")):
+        if args.lora_enable and not getattr(args, f"freeze_{part}") and not {f"freeze_{part}", rate} & set(given):
+            notes.append(f"the {part.replace('_', ' ')} is trained in full beside the adapter, at "
+                         f"--learning_rate {args.learning_rate:g}: give --freeze_{part} True or --{rate}")  # fmt: skip
+    warmed = args.warmup_steps or args.warmup_ratio
+    if not (args.lora_enable or args.freeze_llm or warmed) and args.optim != "sgd":
+        notes.append("all weights are trained without warm-up: Adam's first steps are large; give --warmup_ratio 0.03")
+    return notes
+
+
 BANNER_RECORDS = 200  # that the banner looks at
 
 
@@ -3847,6 +3907,8 @@ def describe_run(
   positions  {positions}
   cache      {cache}
   output     {args.output_dir}""")  # fmt: skip
+    for note in doubtful_settings(args, total_steps):
+        say(f"  note       {note}")
 
 
 def append_jsonl(path: Path, row: dict):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import upstream_commands
 
 import multivideo as mv
@@ -435,6 +436,43 @@ def test_every_upstream_flag_is_kept_or_answered():
     for flag in upstream_commands.ACCEPTED_FIELDS["sft"]:
         assert (flag in FIELDS) != (flag in mv.REPLACED_FLAGS), flag
     assert not set(FIELDS) & set(mv.REPLACED_FLAGS)
+
+
+def test_doubtful_settings(parse):
+    """Upstream's defaults stay, and the banner says what they mean."""
+
+    def notes(*flags, steps=500):
+        return mv.doubtful_settings(parse(*flags), steps)
+
+    assert notes("--warmup_ratio", 0.03) == []
+    assert notes("--freeze_llm") == notes("--warmup_steps", 5) == notes("--optim", "sgd") == []
+    (warmup,) = notes()
+    assert warmup.endswith("give --warmup_ratio 0.03")
+    (short,) = notes("--warmup_steps", 5, steps=499)
+    assert short.startswith("the run's 499 steps are fewer than --save_steps 500: no checkpoint before its end")
+    assert notes("--warmup_steps", 5, "--save_strategy", "epoch", steps=3) == []
+    lora = ["--lora_enable", "--freeze_llm"]
+    alpha, tower, merger = notes(*lora)
+    assert alpha == "--lora_alpha 16 is below --lora_rank 64: the adapter is scaled by 0.25; usual are 1 and 2"
+    assert tower.startswith("the vision tower is trained in full") and "--freeze_vision_tower True or" in tower
+    assert merger.endswith("at --learning_rate 5e-05: give --freeze_merger True or --merger_lr")
+    asked = ["--freeze_vision_tower", "False", "--merger_lr", 1e-5, "--lora_alpha", 64]
+    assert notes(*lora, *asked) == notes(*lora, "--freeze_vision_tower", "--freeze_merger", "--lora_alpha", 99) == []
+
+
+NEWER_UPSTREAM = ["enable_reasoning", "prediction_loss_only", "use_liger_loss", "use_liger_kernel",
+                  "generation_max_new_tokens"]  # fmt: skip
+
+
+def test_every_flag_of_the_hf_trainer_is_kept_or_answered(problems):
+    """All that transformers.TrainingArguments takes, and upstream's newest flags: a line each, with a real mend."""
+    theirs = [*transformers.TrainingArguments.__dataclass_fields__, *NEWER_UPSTREAM]
+    assert [name for name in theirs if name not in FIELDS and name not in mv.REPLACED_FLAGS] == []
+    line = [word for name in theirs if name not in FIELDS for word in (f"--{name}", "x")]
+    assert problems(*line) == [f"--{name}: {mv.REPLACED_FLAGS[name]}" for name in theirs if name not in FIELDS]
+    for answer in mv.REPLACED_FLAGS.values():
+        named = set(re.findall(r"--(\w+)", answer)) - {"config_file", "gpu_memory_gb", "max_new_tokens"}  # of others
+        assert named <= set(FIELDS), answer
 
 
 UPSTREAM_DEFAULTS = {
