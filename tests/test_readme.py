@@ -7,8 +7,10 @@ import os
 import re
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,29 @@ def test_sft_then_dpo(demo, tmp_path):  # noqa: F811
         (row,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert row["loss"] > 0 and (out / "adapter_model.safetensors").is_file()
     assert abs(row["rewards/margins"]) < 1e-4  # the reference is the adapter that it began with
+
+
+def test_job_script(demo, tmp_path):  # noqa: F811
+    """USR1 to the shell of the README's job script saves and ends its own run, and no other of the same name."""
+    (block,) = (block for block in BLOCKS["sh"] if "SBATCH" in block)
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file", "accelerate_configs/cpu.yaml",
+               "train_sft.py", "--model_id", demo / "model", "--data_path", demo / "sft_train.json", "--image_folder",
+               demo / "videos", "--nframes", 2, "--video_resized_width", 56, "--video_resized_height", 56,
+               "--per_device_train_batch_size", 1, "--num_train_epochs", 1000, "--dataloader_num_workers", 0,
+               "--output_dir", tmp_path / "out", "--resume_from_checkpoint", "auto"]  # fmt: skip
+    (words,) = re.findall(r"accelerate launch .*?--resume_from_checkpoint auto", block)
+    (tmp_path / "job.sh").write_text(block.replace(words, shlex.join(map(str, command))))
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)", "train_sft.py"])
+    job = subprocess.Popen(["bash", tmp_path / "job.sh"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline and job.poll() is None:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    _, said = job.communicate(timeout=120)
+    assert "stopped by a signal after step" in said and other.poll() is None, said[-2000:]
+    other.kill()
+    (checkpoint,) = mv.list_checkpoints(str(tmp_path / "out"))
+    assert mv.checkpoint_problem(checkpoint) is None
 
 
 def test_files_exist():
