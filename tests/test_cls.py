@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,6 +160,41 @@ def test_packed_equals_plain(family, head, tiny_model, tiny_qwen2_vl, folder, tm
         with torch.no_grad():
             assert torch.equal(plain(**inputs, labels=targets).logits, output.logits)
         assert output.loss.item() == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+def test_classes_are_listed_with_likely_typing_errors():
+    """Counts, and names that are rare, differ by spaces, case or one letter, or are numbers among words."""
+
+    def notes(**counts):
+        return train_cls.describe_labels(Counter(counts))
+
+    first, *found = train_cls.describe_labels(Counter({"green": 120, "red": 110, "grren": 1, "Green ": 1, "3": 1}))
+    assert first == "5 classes: 'green' 120, 'red' 110, 'grren' 1, 'Green ' 1, '3' 1"
+    assert found == [
+        "rare: '3' (1), 'Green ' (1), 'grren' (1)",
+        "mixed types: '3' (1) among 'green' (120), 'red' (110), 'grren' (1), 'Green ' (1)",
+        "differ in spaces or case only: 'green' (120), 'Green ' (1)",
+        "nearly the same: 'green' (120), 'Green ' (1), 'grren' (1)",
+    ]
+    assert notes(colour=9, color=9)[1:] == ["nearly the same: 'colour' (9), 'color' (9)"]
+    assert notes(opne=9, open=9)[1:] == ["nearly the same: 'opne' (9), 'open' (9)"]
+    assert train_cls.describe_labels(Counter({"straße": 5, "STRASSE": 5, "a  b": 5, "a b": 5}))[1:] == [
+        "differ in spaces or case only: 'straße' (5), 'STRASSE' (5)",
+        "differ in spaces or case only: 'a  b' (5), 'a b' (5)",
+    ]
+    assert train_cls.describe_labels(Counter({"true": 9, "yes": 9}))[1:] == ["mixed types: 'true' (9) among 'yes' (9)"]
+    for sound in (
+        {"male": 50, "female": 44},
+        {"left": 5, "right": 4},
+        {"cat": 9, "car": 9},
+        {"true": 5, "false": 3},
+        {f"class_{i}": 5 for i in range(30)},
+        {str(i): 7 for i in range(4)},
+        {"on": 9, "off": 1},
+    ):
+        lines = train_cls.describe_labels(Counter(sound))
+        assert len(lines) == 1 and lines[0].startswith(f"{len(sound)} classes: "), lines
+    assert train_cls.describe_labels(Counter({f"class_{i}": 5 for i in range(30)}))[0].endswith(" 5, and 10 more")
 
 
 def test_samples_do_not_see_each_other(tiny_model, folder):

@@ -11,11 +11,14 @@ import stat
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
+import huggingface_hub
 import peft
 import predict
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from merge_lora import merge
 from reference import as_on_the_hub, run_lines, write_clip
 from safetensors.torch import load_file, save_file
@@ -178,6 +181,48 @@ def test_other_rotary_embeddings(bases, tmp_path):
         ours, theirs = (getattr(m.model.language_model.rotary_emb, name) for m in (again, plain))
         assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
+
+
+def test_a_model_that_cannot_be_reached_is_one_sentence(bases, tmp_path, monkeypatch, capsys):
+    """Mistyped, gated, without a network, with and without a copy in the cache: at once, without retries."""
+    hub_cache(tmp_path / "cache", bases["hub"])
+    cache = str(tmp_path / "cache")
+    mv.find_model.cache_clear()
+    response = httpx.Response(404, request=httpx.Request("GET", "https://example.org"))
+
+    def answer(error=None):
+        def model_info(self, name, timeout):
+            assert timeout <= 10
+            asked.append(name)
+            if error:
+                raise error
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    answer()
+    mv.find_model("acme/there", cache)
+    mv.find_model("acme/there", cache)
+    mv.find_model(str(bases["hub"]), cache)
+    assert asked == ["acme/there"]  # once, and no folder
+    for error, said in (
+        (RepositoryNotFoundError("no", response=response), "is neither a folder nor a model on the hub: check its"),
+        (GatedRepoError("no", response=response), "is gated: run hf auth login with an account"),
+        (HFValidationError("no"), "is neither a folder nor a model on the hub: check its spelling"),
+        (ConnectionError("no route"), "the hub cannot be reached (no route), and it is not in the cache: download it"),
+    ):
+        answer(error)
+        with pytest.raises(mv.InputError) as caught:
+            mv.find_model("acme/typo", cache)
+        assert str(caught.value).startswith(f"model acme/typo: {said}")
+        assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+    mv.find_model("acme/tiny", cache)  # the network is still away
+    assert "the hub cannot be reached (no route): the copy in the cache is used" in capsys.readouterr().err
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is True
+    with pytest.raises(mv.InputError, match="model acme/other: HF_HUB_OFFLINE is set, and it is not in the cache"):
+        mv.find_model("acme/other", cache)
+    mv.find_model.cache_clear()
 
 
 def test_a_base_that_went_away(bases, tmp_path):

@@ -189,6 +189,7 @@ def test_records_of_the_other_trainers(tiny_model, folder, objective):
     assert over == {"count": 1, "items": [{"id": "it", "position": last}], "limit": last}
     report = check_data.report_split(found, "train", "data.json", args, encoder.factor)
     assert report["bad_records"]["count"] == 1
+    assert report["labels"] == (["1 classes: 'red' 1"] if objective == "cls" else [])
     assert report["too_long"]["flag"] == ("max_prompt_length" if objective == "grpo" else "max_seq_length")
 
 
