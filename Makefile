@@ -20,12 +20,12 @@ demo: demo/demo.json
 
 demo-dpo: demo/demo.json
 	$(LAUNCH) train_dpo.py --model_id demo/model --data_path demo/dpo_train.json --eval_path demo/dpo_eval.json \
-	    $(DEMO) $(FAST) --output_dir demo/out_dpo $(FLAGS)
+	    $(DEMO) $(FAST) --num_train_epochs 3 --output_dir demo/out_dpo $(FLAGS)
 	$(BIN)/python tools/show_demo.py demo --objective dpo
 
 demo-cls: demo/demo.json
 	$(LAUNCH) train_cls.py --model_id demo/model --data_path demo/cls_train.json --eval_path demo/cls_eval.json \
-	    $(DEMO) $(FAST) --output_dir demo/out_cls $(FLAGS)
+	    $(DEMO) $(FAST) --num_train_epochs 3 --output_dir demo/out_cls $(FLAGS)
 	$(BIN)/python tools/show_demo.py demo --objective cls
 
 demo-grpo: demo/demo.json  # from a model that is right half of the time
