@@ -1025,6 +1025,41 @@ def test_records():
     assert (row["prompt"], row["reference"]) == (None, None)
 
 
+ORDER = ["b.mp4", "a.mp4", {"video": "c.mp4", "fps": 1}, ["1.png", "2.png"], "a.mp4"]
+
+
+@pytest.mark.parametrize("form", ["conversations", "messages", "prompt of turns", "prompt", "prompt of parts"])
+@pytest.mark.parametrize("media", ["video", "videos"])
+@pytest.mark.parametrize("newline", ["\n", ""])
+def test_prompts_with_and_without_tags_are_one(form, media, newline, tmp_path):
+    """The same videos in the same order, media first; through the data file, and in what reward functions get."""
+
+    def record(question):
+        if form == "prompt of parts":
+            question = [*[{"type": "video"}] * question.count("<video>"), {"type": "text", "text": "What changed?"}]
+        ask, answer = {"role": "user", "content": question}, {"role": "assistant", "content": "It moved."}
+        if form == "conversations":
+            turns = {form: [{"from": "human", "value": question}, {"from": "gpt", "value": "It moved."}]}
+        elif form == "messages":
+            turns = {form: [ask, answer]}
+        else:
+            turns = {"prompt": question if form == "prompt" else [ask], "solution": "It moved."}
+        return {"id": 1, media: [*ORDER], **turns}
+
+    questions = ["What changed?", f"<video>{newline}" * 5 + "What changed?"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record(question)) + "\n" for question in questions))
+    rows = list(mv.load_records(str(tmp_path / "data.jsonl"), grpo.normalize_record, grpo.RECORD))
+    expected = [["b.mp4"], ["a.mp4"], ["c.mp4"], ["1.png", "2.png"], ["a.mp4"], []]
+    for row, question in zip(rows, questions):
+        ((role, content),) = [(message["role"], message["content"]) for message in row["messages"]]
+        assert (role, [part["files"] for part in content]) == ("user", expected)
+        assert content[-1]["text"] == "What changed?" and content[2]["fps"] == 1 and row["reference"] == "It moved."
+        assert row["prompt"] == (question if form == "prompt" else None)
+    assert rows[0]["messages"] == rows[1]["messages"]
+    given = grpo.reward_inputs([{"record": row, "texts": ["a"], "ids": [[1]]} for row in rows], [])
+    assert given["prompts"] == (questions if form == "prompt" else [given["prompts"][0]] * 2)
+
+
 @pytest.mark.parametrize("key, value, expected", [
     ("solution", "Left.", "Left."), ("answer", 3, "3"), ("ground_truth", 0.5, "0.5"), ("reference", True, "True"),
 ])  # fmt: skip
