@@ -470,6 +470,8 @@ def annotated_texts(annotation) -> bool | None:
 def _source_tree(function, whole_file=False):
     """The syntax tree of a function, or of its file; an empty one where there is no source, as of a C function."""
     function = inspect.unwrap(function)
+    function = function.func if isinstance(function, partial) else function
+    function = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
     try:
         if whole_file:
             return ast.parse(Path(inspect.getsourcefile(function)).read_bytes())
@@ -506,10 +508,15 @@ def check_forms(flag: str, source: str, records, rewards: dict):
 
 def _looks_at_completions(function):
     """Whether a function uses its completions for more than their number."""
-    tree = _source_tree(function)
-    counted = [node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and len(node.args) == 1
-               and isinstance(node.func, ast.Name) and node.func.id == "len"]  # fmt: skip
-    used = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "completions"]
+    used, counted = [], []
+    for node in ast.walk(_source_tree(function)):
+        if isinstance(node, ast.Name) and node.id == "completions":
+            used.append(node)
+        elif isinstance(node, ast.Constant) and node.value == "completions":  # kwargs["completions"]
+            used.append(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len" and node.args:
+            argument = node.args[0]
+            counted.append(argument.slice if isinstance(argument, ast.Subscript) else argument)
     return any(node not in counted for node in used)
 
 

@@ -908,14 +908,26 @@ def test_a_text_reward_is_not_given_messages_silently(tmp_path):
     """len() of a list of one message is 1 for every completion: refused before the model; annotated, it gets texts."""
     file = tmp_path / "mine.py"
     annotated = "def annotated(completions: list[str], **kwargs): return [len(text) for text in completions]\n"
-    counts = "def counts(completions, **kwargs): return [1.0] * len(completions)\n"
-    file.write_text(UPSTREAM_TEXTS + annotated + counts)
+    others = """
+def counts(completions, **kwargs): return [1.0] * len(completions)
+def counts_too(**kwargs): return [1.0] * len(kwargs["completions"])
+def by_kwargs(**kwargs): return [len(text) for text in kwargs["completions"]]
+class Length:
+    def __call__(self, completions, **kwargs): return [len(text) for text in completions]
+instance = Length()
+def wrapped(function):
+    import functools
+    return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
+decorated = wrapped(length_reward)
+short = lambda completions, **kwargs: [len(text) for text in completions]
+"""
+    file.write_text(UPSTREAM_TEXTS + annotated + others)
     turns, plain = {"prompt": [{"role": "user", "content": "Who?"}], "answer": "a"}, {"prompt": "Who?", "answer": "a"}
     tables = {}
     for name, rows in (("mixed", [plain, turns]), ("plain", [plain])):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
         tables[name] = mv.load_records(str(tmp_path / f"{name}.json"), grpo.normalize_record, grpo.RECORD)
-    for name in UPSTREAM_NAMES:
+    for name in (*UPSTREAM_NAMES, "by_kwargs", "instance", "decorated", "short"):
         rewards = grpo.load_rewards([f"{file}:{name}"])
         grpo.check_forms("--data_path", "x.json", tables["plain"], rewards)
         as_one = r" \(and `assistant` as one\)" if name == "accuracy_reward" else ""
@@ -927,7 +939,7 @@ def test_a_text_reward_is_not_given_messages_silently(tmp_path):
         )
         with pytest.raises(mv.InputError, match=message):
             grpo.check_forms("--eval_path", "x.json", tables["mixed"], rewards)
-    fine = grpo.load_rewards([f"{file}:annotated", f"{file}:counts", str(file), "accuracy"])
+    fine = grpo.load_rewards([f"{file}:annotated", f"{file}:counts", f"{file}:counts_too", str(file), "accuracy"])
     grpo.check_forms("--data_path", "x.json", tables["mixed"], fine)
     assert grpo.score(fine, upstream_groups()[:1], UPSTREAM_COLUMNS)[0, :, :2].tolist() == [[9, 1], [19, 1]]
 
@@ -1235,8 +1247,20 @@ def test_resume_is_bit_equal(straight, flags, tmp_path, monkeypatch):
 
 
 def test_a_run_with_a_file_of_rewards(flags, tmp_path, monkeypatch, capsys):
-    """The rewards of the first step's completions, worked out from their texts; the banner says what was given."""
+    """The rewards of the first step's completions, worked out from their texts; the banner says what was given.
+
+    One of its functions by name, which TRL would give messages, ends the run before the weights, as for --eval_path.
+    """
     (tmp_path / "reward_funcs.py").write_text(UPSTREAM_TEXTS)
+    plain = [{"prompt": "Which colour?", "solution": "red"}] * 8
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    one = ["--reward_funcs", f"{tmp_path / 'reward_funcs.py'}:length_reward", "--output_dir", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(mv, "load_model", lambda *args: pytest.fail("loaded a model"))
+        with pytest.raises(mv.InputError, match=r"length_reward: for records of --data_path \S+ completions are"):
+            train(patched, *flags, *one)
+        with pytest.raises(mv.InputError, match=r"length_reward: for records of --eval_path \S+ completions are"):
+            train(patched, *flags, *one, *evaluation(flags), "--data_path", tmp_path / "plain.json")
     train(monkeypatch, *flags, "--max_steps", 2, "--reward_funcs", tmp_path / "reward_funcs.py",
           "--reward_weights", 1, 1, 0.5, "--output_dir", tmp_path / "out")  # fmt: skip
     assert "0.5 × length_reward (given texts)" in "".join(capsys.readouterr())
