@@ -447,10 +447,12 @@ def _checked_reward(name, function_name, function, whole_file):
     if texts is None and whole_file:
         texts = True
         if any(_names_content(node) for node in ast.walk(_source_tree(function))):
-            raise mv.InputError(f"--reward_funcs {name}: the functions of a whole file are given completions and "
-                                f"`assistant` as texts, but {function_name} reads a 'content': give it as "
-                                f"{name}:{function_name}, which gets lists of messages where the prompt is a list of "
-                                f"turns, or write `completions: {AS_MESSAGES}` in its signature")  # fmt: skip
+            raise mv.InputError(
+                f"--reward_funcs {name}: the functions of a whole file are given completions and `assistant` as "
+                f"texts, but {function_name} reads a 'content': give the functions one by one, as "
+                f"{name}:{function_name}, which get lists of messages where the prompt is a list of turns, or write "
+                f"`completions: {AS_MESSAGES}` in their signatures"
+            )
     return Reward(function, texts)
 
 
@@ -510,9 +512,8 @@ def _looks_at_completions(function):
     """Whether a function uses its completions for more than their number."""
     used, counted = [], []
     for node in ast.walk(_source_tree(function)):
-        if isinstance(node, ast.Name) and node.id == "completions":
-            used.append(node)
-        elif isinstance(node, ast.Constant) and node.value == "completions":  # kwargs["completions"]
+        word = node.id if isinstance(node, ast.Name) else node.value if isinstance(node, ast.Constant) else None
+        if word == "completions":  # the parameter, or kwargs["completions"]
             used.append(node)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len" and node.args:
             argument = node.args[0]

@@ -875,7 +875,7 @@ def test_rewards_that_read_messages(tmp_path, annotated):
     if not annotated:
         message = (
             r"functions of a whole file are given completions and `assistant` as texts, but format_reward reads a "
-            r"'content': give it as \S+/reward_funcs\.py:format_reward, which gets lists of messages where"
+            r"'content': give the functions one by one, as \S+/reward_funcs\.py:format_reward, which get lists of"
         )
         with pytest.raises(mv.InputError, match=message):
             grpo.load_rewards([str(file)])
