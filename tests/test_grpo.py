@@ -892,6 +892,12 @@ def test_forms_are_those_of_trl():
         assert isinstance(completion, str) or completion[0]["role"] == "assistant"
     assert given["assistant"][6] == "Own"  # a column of the record is given as it is, as by TRL
     assert given["assistant"][-1] == "5" and given["reference"][-1] == "5"
+    message = {"role": "assistant", "content": "Own"}
+    row = grpo.normalize_record({"id": 1, "prompt": "Who?", "assistant": message}, "record")
+    own = [{"record": row, "texts": ["a"], "ids": [[1]]}, {**upstream_groups()[3], "texts": ["a"], "ids": [[1]]}]
+    expected = {None: [message, "Own"], True: ["Own", "Own"], False: [message, message]}
+    for texts, columns in expected.items():
+        assert grpo.reward_inputs(own, ["assistant"], texts)["assistant"] == columns
 
 
 @pytest.mark.parametrize("annotation, texts", [
