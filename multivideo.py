@@ -702,6 +702,7 @@ MESSAGES = List({"role": Value("string"), "content": List(PART)})
 CONVERSATION = Features({"id": Value("string"), "messages": MESSAGES})
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # of an assistant turn
 OPTION_ALIASES = {"video_start": "start", "video_end": "end"}
 CONTROL_TOKENS = re.compile(r"<\|(?:(?:video|image|vision)_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")
 TAG = re.compile(r"(?:\r?\n)?<(video|image)>(?:\r?\n)?")  # a tag takes one newline on each side with it
@@ -851,6 +852,10 @@ def normalize_turn(turn: dict, i: int) -> dict:
         raise ValueError(f"turn {i}: {role_key!r} must be one of {', '.join(ROLES)}, got {_short(role)}")
     if ROLES[role] == "system" and i > 0:
         raise ValueError(f"turn {i}: the system turn must come first: move it there")
+    if ROLES[role] == "assistant":
+        _check_reasoning(turn, i)
+        for part in content if isinstance(content, (list, tuple)) else []:
+            _check_reasoning(part, i)
     parts = []
     for part in content if isinstance(content, (list, tuple)) else [content]:
         if isinstance(part, dict):
@@ -875,6 +880,16 @@ def normalize_turn(turn: dict, i: int) -> dict:
         pieces = TAG.split(text)  # text, kind, text, kind, … text
         parts += [_part(piece) if k % 2 else _part("text", text=piece) for k, piece in enumerate(pieces) if piece]
     return {"role": ROLES[role], "content": parts}
+
+
+def _check_reasoning(fields, i):
+    """Refuse reasoning in a field of its own: the chat templates of Qwen2-VL and Qwen2.5-VL would leave it out."""
+    for key in REASONING_FIELDS if isinstance(fields, dict) else ():
+        value = fields.get(key)
+        if value and not _absent(value) and (not isinstance(value, str) or value.strip()):
+            raise ValueError(f"turn {i}: field {key!r} of the assistant's turn, got {_short(value)}: the models' chat "
+                             "template has no place for it: write it into the answer's text, for example "
+                             "<think>…</think> before the answer, or remove the field")  # fmt: skip
 
 
 def _fill_tags(messages, media):

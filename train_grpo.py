@@ -20,6 +20,7 @@ Launch, on a CPU or one GPU:
         --reward_funcs format mine.py:f --video_resized_width 64 --video_resized_height 64 --fps 0.25 --output_dir out
 """
 
+import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -30,9 +31,11 @@ import math
 import re
 import resource
 import sys
+import textwrap
 import time
 import traceback
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -93,7 +96,11 @@ class GRPOArguments(mv.TrainingArguments):
             "or equal by math_verify. format: <think>…</think> <answer>…</answer>. choice: the same letter. "
             "numeric: max(0, 1 − |x − y| / |y|) for the last number x, the reference's y. Or your own as "
             "file.py:function, called as in TRL with prompts, completions and every column of the data set (None "
-            "where a record lacks it)."
+            "where a record lacks it): completions are lists of messages where the prompt is a list of turns, texts "
+            "where it is a text, or as the function annotates them (list[str], list[list[dict]]). Or file.py for all "
+            "of its functions named *_reward, in the file's order, as in 2U1's reward_funcs.py: without annotation "
+            "completions are texts. A parameter `assistant` is the first answer, else the reference: a text beside "
+            "texts, a message beside messages."
         },
     )
     reward_weights: list[float] | None = field(
@@ -363,47 +370,155 @@ def load_reward_file(path: Path):
     return module
 
 
-def load_rewards(names: list[str]) -> dict:
-    """The functions of --reward_funcs by their names: built-in ones, and `file.py:function`.
+@dataclass(frozen=True)
+class Reward:
+    """A function of --reward_funcs and the form in which it takes completions.
+
+    texts: True for texts, False for lists of messages, None for TRL's rule: lists of messages where the prompt is a
+    list of turns, texts where it is a text.
+    """
+
+    function: Callable
+    texts: bool | None = None
+
+
+def load_rewards(names: list[str]) -> dict[str, Reward]:
+    """The functions of --reward_funcs by their names: built-in ones, `file.py:function`, and all of a `file.py`.
 
     Raises:
-        InputError: an unknown name, a file that cannot be imported, or a function that cannot take all columns.
+        InputError: an unknown name, a file that cannot be imported, or a function that cannot take what it is given.
     """
-    functions = {}
+    rewards = {}
     for name in names:
         file, colon, function_name = name.rpartition(":")
-        if not colon:
-            if name not in BUILT_IN:
-                raise mv.InputError(
-                    f"--reward_funcs {name}: expected one of {', '.join(BUILT_IN)}, or file.py:function"
-                )
-            function_name, function = name, BUILT_IN[name]
+        if not colon and name in BUILT_IN:
+            found = {name: Reward(BUILT_IN[name])}
+        elif not colon and not name.endswith(".py"):
+            raise mv.InputError(f"--reward_funcs {name}: expected one of {', '.join(BUILT_IN)}, or file.py:function, "
+                                "or file.py for all of its functions named *_reward")  # fmt: skip
+        elif not colon:
+            module = _reward_module(name, name)
+            found = {key: value for key, value in vars(module).items() if key.endswith("_reward") and callable(value)}
+            if not found:
+                raise mv.InputError(f"--reward_funcs {name}: no function of the file is named *_reward: rename them, "
+                                    f"or give one as {name}:function")  # fmt: skip
+            found = {key: _checked_reward(name, key, value, whole_file=True) for key, value in found.items()}
         else:
-            if not Path(file).is_file():
-                raise mv.InputError(f"--reward_funcs {name}: no such file: {file}")
-            if str(Path(file).resolve().parent) not in sys.path:
-                sys.path.append(str(Path(file).resolve().parent))  # for what it imports from beside it
-            try:
-                module = load_reward_file(Path(file).resolve())
-            except Exception as error:
-                raise mv.InputError(f"--reward_funcs {name}: {file} cannot be imported: {_told(error)}") from error
-            if module is None:
-                raise mv.InputError(f"--reward_funcs {name}: {file} is no Python file")
-            function = getattr(module, function_name, None)
-            if not callable(function) or inspect.iscoroutinefunction(function):
+            function = getattr(_reward_module(name, file), function_name, None)
+            if not callable(function):
                 raise mv.InputError(f"--reward_funcs {name}: {file} has no plain function {function_name!r}")
-            parameters = inspect.signature(function).parameters.values()
-            own = inspect.signature(function, follow_wrapped=False).parameters.values()
-            if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in own):
-                raise mv.InputError(f"--reward_funcs {name}: {function_name} is given everything by name: remove the "
-                                    "'/' from its parameters")  # fmt: skip
-            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-                raise mv.InputError(f"--reward_funcs {name}: {function_name} must take **kwargs: it is given prompts, "
-                                    "completions, completion_ids and every column of the records")  # fmt: skip
-        if function_name in functions:
-            raise mv.InputError(f"--reward_funcs {name}: two functions of the name {function_name}: rename one")
-        functions[function_name] = function
-    return functions
+            found = {function_name: _checked_reward(name, function_name, function, whole_file=False)}
+        if twice := [function_name for function_name in found if function_name in rewards]:
+            raise mv.InputError(f"--reward_funcs {name}: two functions of the name {twice[0]}: rename one")
+        rewards |= found
+    return rewards
+
+
+def _reward_module(name, file):
+    if not Path(file).is_file():
+        raise mv.InputError(f"--reward_funcs {name}: no such file: {file}")
+    if str(Path(file).resolve().parent) not in sys.path:
+        sys.path.append(str(Path(file).resolve().parent))  # for what it imports from beside it
+    try:
+        module = load_reward_file(Path(file).resolve())
+    except Exception as error:
+        raise mv.InputError(f"--reward_funcs {name}: {file} cannot be imported: {_told(error)}") from error
+    if module is None:
+        raise mv.InputError(f"--reward_funcs {name}: {file} is no Python file")
+    return module
+
+
+def _checked_reward(name, function_name, function, whole_file):
+    """The Reward of a function that can be called with everything by name; those of a whole file take texts."""
+    rename = ", or rename it if it is no reward" if whole_file else ""
+    if inspect.iscoroutinefunction(function):
+        file = name if whole_file else name.rpartition(":")[0]
+        raise mv.InputError(f"--reward_funcs {name}: {file} has no plain function {function_name!r}, it is async: "
+                            f"write it without{rename}")  # fmt: skip
+    parameters = inspect.signature(function).parameters
+    own = inspect.signature(function, follow_wrapped=False).parameters.values()
+    if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in own):
+        raise mv.InputError(f"--reward_funcs {name}: {function_name} is given everything by name: remove the '/' from "
+                            f"its parameters{rename}")  # fmt: skip
+    if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise mv.InputError(f"--reward_funcs {name}: {function_name} must take **kwargs: it is given prompts, "
+                            f"completions, completion_ids and every column of the records{rename}")  # fmt: skip
+    texts = annotated_texts(parameters["completions"].annotation) if "completions" in parameters else None
+    if texts is None and whole_file:
+        texts = True
+        if any(_names_content(node) for node in ast.walk(_source_tree(function))):
+            raise mv.InputError(
+                f"--reward_funcs {name}: the functions of a whole file are given completions and `assistant` as "
+                f"texts, but {function_name} reads a 'content': give the functions one by one, as "
+                f"{name}:{function_name}, which get lists of messages where the prompt is a list of turns, or write "
+                f"`completions: {AS_MESSAGES}` in their signatures"
+            )
+    return Reward(function, texts)
+
+
+AS_TEXTS, AS_MESSAGES = "list[str]", "list[list[dict]]"  # annotations of `completions`
+
+
+def annotated_texts(annotation) -> bool | None:
+    """True if an annotation of `completions` is one of texts (list[str]), False if of lists of messages, else None."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    text = re.sub(r"\s|(?:\w+\.)+", "", text)
+    sequence = "(?:list|List|Sequence|Iterable)"
+    if re.fullmatch(rf"{sequence}\[str\]", text):
+        return True
+    return False if re.fullmatch(rf"{sequence}\[{sequence}(?:\[[^|]*\])?\]", text) else None
+
+
+def _source_tree(function, whole_file=False):
+    """The syntax tree of a function, or of its file; an empty one where there is no source, as of a C function."""
+    function = inspect.unwrap(function)
+    function = function.func if isinstance(function, partial) else function
+    function = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    try:
+        if whole_file:
+            return ast.parse(Path(inspect.getsourcefile(function)).read_bytes())
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ast.Module([], [])
+
+
+def _names_content(node):
+    return isinstance(node, ast.Constant) and node.value == "content"
+
+
+def check_forms(flag: str, source: str, records, rewards: dict):
+    """Make sure that functions that are given lists of messages read their 'content'.
+
+    A list of one message has the length 1, whatever its text is: a reward that takes it for a text may not fail.
+
+    Raises:
+        InputError: names the function, what it is given, and how to ask for the other form.
+    """
+    if not records.data.column("prompt").null_count:
+        return  # all prompts are texts, and so are all completions
+    for name, reward in rewards.items():
+        if name in BUILT_IN or reward.texts is not None or not _looks_at_completions(reward.function):
+            continue
+        if not any(_names_content(node) for node in ast.walk(_source_tree(reward.function, whole_file=True))):
+            parameters = inspect.signature(reward.function).parameters
+            given = "lists of messages [{'role': 'assistant', 'content': text}], as in TRL for prompts of turns"
+            raise mv.InputError(f"--reward_funcs {name}: for records of {flag} {source} completions are {given}, but "
+                                f"its file never reads 'content': write `completions: {AS_TEXTS}` in its signature to "
+                                f"get texts{' (and `assistant` as one)' if 'assistant' in parameters else ''}, or "
+                                f"`completions: {AS_MESSAGES}` if it does read them")  # fmt: skip
+
+
+def _looks_at_completions(function):
+    """Whether a function uses its completions for more than their number."""
+    used, counted = [], []
+    for node in ast.walk(_source_tree(function)):
+        word = node.id if isinstance(node, ast.Name) else node.value if isinstance(node, ast.Constant) else None
+        if word == "completions":  # the parameter, or kwargs["completions"]
+            used.append(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len" and node.args:
+            argument = node.args[0]
+            counted.append(argument.slice if isinstance(argument, ast.Subscript) else argument)
+    return any(node not in counted for node in used)
 
 
 def _told(error):
@@ -413,9 +528,15 @@ def _told(error):
 
 
 def column_names(records) -> list[str]:
-    """The columns of a data set for reward functions: every name that any of its records has."""
+    """The columns of a data set for reward functions: every name that any of its records has.
+
+    `assistant` is one of them wherever there is a reference (see reward_inputs).
+    """
     chunks = records.data.column("column_names").chunks
-    return list(dict.fromkeys(name for chunk in chunks for name in chunk.flatten().unique().to_pylist()))
+    names = [name for chunk in chunks for name in chunk.flatten().unique().to_pylist()]
+    if records.data.column("reference").null_count < len(records):
+        names.append("assistant")
+    return list(dict.fromkeys(names))
 
 
 GIVEN = ("prompts", "completions", "completion_ids", "reference")  # besides the columns, to every reward function
@@ -427,9 +548,9 @@ def check_parameters(flag: str, source: str, columns: list[str], functions: dict
     Raises:
         InputError: names the function, the parameters, the data file and the columns that there are.
     """
-    for name, function in functions.items():
+    for name, reward in functions.items():
         # The function's own, not those of one that it wraps, for which it may fill some in.
-        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+        parameters = inspect.signature(reward.function, follow_wrapped=False).parameters.values()
         needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty
                   and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]  # fmt: skip
         if missing := [parameter for parameter in needed if parameter not in (*GIVEN, *columns)]:
@@ -440,28 +561,58 @@ def check_parameters(flag: str, source: str, columns: list[str], functions: dict
                                 f"the {many} a default")  # fmt: skip
 
 
-def reward_inputs(groups: list[dict], columns: list[str]) -> dict:
+def reward_inputs(groups: list[dict], columns: list[str], texts: bool | None = None) -> dict:
     """What a reward function is given, a list with one entry per completion for each of GIVEN and of the columns.
 
-    `columns` are those of the data set: what a record lacks of them is None.
+    `columns` are those of the data set: what a record lacks of them is None. `texts` is that of a Reward. The form of
+    completions is that of TRL's GRPOTrainer, unless `texts` decides. `assistant` is what the trainer of
+    2U1/Qwen-VL-Series-Finetune gives by that name, the first answer, else the reference: as a message beside lists of
+    messages (as there until October 2025), as a text beside texts (as there since).
     """
     names = [*dict.fromkeys(["reference", *(name for name in columns if name not in GIVEN[:3])])]
     inputs = {name: [] for name in (*GIVEN[:3], *names)}
     for group in groups:
-        own = {"reference": group["record"]["reference"], **json.loads(group["record"]["columns"])}
-        plain = group["record"]["prompt"]
+        record = group["record"]
+        own = {"reference": record["reference"], **json.loads(record["columns"])}
+        plain = record["prompt"]
+        own_texts = plain is not None if texts is None else texts
+        if "assistant" in names:
+            own["assistant"] = _assistant(own, as_text=own_texts, convert=texts is not None)
         turns = [{"role": turn["role"], "content": [
             {"type": "text", "text": part["text"]} if part["type"] == "text" else
             {"type": "image", "image": part["files"][0]} if part["type"] == "image" else
             {"type": "video", "video": part["files"][0] if part["type"] == "video" else part["files"]}
-            for part in turn["content"]]} for turn in group["record"]["messages"]]  # fmt: skip
+            for part in turn["content"]]} for turn in record["messages"]]  # fmt: skip
         for text, ids in zip(group["texts"], group["ids"]):
             inputs["prompts"].append(turns if plain is None else plain)
-            inputs["completions"].append([{"role": "assistant", "content": text}] if plain is None else text)
+            inputs["completions"].append(text if own_texts else [{"role": "assistant", "content": text}])
             inputs["completion_ids"].append(ids)
             for key in names:
                 inputs[key].append(own.get(key))
     return inputs
+
+
+def _assistant(own, as_text, convert):
+    """The column `assistant`: the record's own or its first answer, as it is unless `convert`, else the reference."""
+    value = own.get("assistant")
+    is_message = isinstance(value, dict) and "content" in value
+    answer = value["content"] if is_message else value
+    if mv._absent(answer) or (isinstance(answer, str) and not answer.strip()):
+        answer, convert = own["reference"], True
+    elif not convert or is_message != as_text:
+        return value
+    return answer if as_text or answer is None else {"role": "assistant", "content": answer}
+
+
+def _given_form(reward, group, failure):
+    """For errors that come of the other form of completions: what was given, and how to get the other."""
+    if not isinstance(failure, (TypeError, AttributeError, KeyError, IndexError)):
+        return ""
+    texts = group["record"]["prompt"] is not None if reward.texts is None else reward.texts
+    given = "texts" if texts else "lists of messages [{'role': 'assistant', 'content': text}]"
+    other = "lists of messages" if texts else "texts"
+    return (f". Its completions{', and `assistant`,' if texts else ''} are {given}: to get {other}, write "
+            f"`completions: {AS_MESSAGES if texts else AS_TEXTS}` in its signature")  # fmt: skip
 
 
 def score(functions: dict, groups: list[dict], columns: list[str]) -> torch.Tensor:
@@ -472,18 +623,20 @@ def score(functions: dict, groups: list[dict], columns: list[str]) -> torch.Tens
     """
     shape = (len(groups), len(groups[0]["ids"]) if groups else 0)
     rewards = torch.full((*shape, len(functions)), math.nan, dtype=torch.float64)
-    for f, (name, function) in enumerate(functions.items() if groups else ()):
+    for f, (name, reward) in enumerate(functions.items() if groups else ()):
         try:
-            values = function(**reward_inputs(groups, columns))
+            values = reward.function(**reward_inputs(groups, columns, reward.texts))
         except Exception as error:
-            culprit, told = " or ".join(group["record"]["id"] for group in groups), _told(error)
+            culprits, failure = groups, error
             for group in groups:  # which one? the first that fails alone
                 try:
-                    function(**reward_inputs([group], columns))
+                    reward.function(**reward_inputs([group], columns, reward.texts))
                 except Exception as again:
-                    culprit, told = group["record"]["id"], _told(again)
+                    culprits, failure = [group], again
                     break
-            raise mv.InputError(f"reward function {name} failed on record {culprit}: {told}") from error
+            ids = " or ".join(group["record"]["id"] for group in culprits)
+            raise mv.InputError(f"reward function {name} failed on record {ids}: {_told(failure)}"
+                                f"{_given_form(reward, culprits[0], failure)}") from error  # fmt: skip
         values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
         ids = ", ".join(group["record"]["id"] for group in groups[:8])
         if not isinstance(values, (list, tuple)) or len(values) != rewards[..., f].numel():
@@ -820,7 +973,13 @@ def check_references(flag: str, records, names: list[str]):
 
 def describe_rewards(args, functions: dict, samples_per_step: int, records):
     """Print what follows mv.describe_run: completions per step, and what they are rewarded for."""
-    rewards = ", ".join(f"{weight:g} × {name}" for name, weight in zip(functions, args.reward_weights))
+    turns = records.data.column("prompt").null_count  # records whose prompt is a list of turns
+    by_record = "texts" if not turns else "messages" if turns == len(records) else "texts or messages, as the prompt"
+    forms = {True: " (given texts)", False: " (given messages)", None: f" (given {by_record})"}
+    rewards = ", ".join(
+        f"{weight:g} × {name}{'' if name in BUILT_IN else forms[reward.texts]}"
+        for (name, reward), weight in zip(functions.items(), args.reward_weights)
+    )
     if "accuracy" in args.reward_funcs:
         rewards += f" (math_verify: {'yes' if importlib.util.find_spec('math_verify') else 'not installed'})"
     each = (
@@ -923,8 +1082,10 @@ def main():
         check_references(name, table, args.reward_funcs)
     columns, eval_columns = column_names(records), column_names(eval_records) if eval_records else None
     check_parameters("--data_path", args.data_path, columns, functions)
+    check_forms("--data_path", args.data_path, records, functions)
     if eval_records:
         check_parameters("--eval_path", args.eval_path, eval_columns, functions)
+        check_forms("--eval_path", args.eval_path, eval_records, functions)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -719,7 +720,7 @@ def test_reward_files_run_once(tmp_path, monkeypatch):
             functions = grpo.load_rewards([f"{path}:one", f"{path}:two"])
         assert grpo.GRPOArguments(reward_funcs=[f"{file}:one"]).check(set()) == []
         assert grpo.score(functions, groups, COLUMNS)[0, 0].tolist() == [1, value + 1]
-        module = sys.modules[functions["one"].__module__]
+        module = sys.modules[functions["one"].function.__module__]
         assert Path(module.__file__) == file and module.seen == [True]
         assert file.with_name("runs").read_text().splitlines().count(module.__name__) == 1
     names = [name for folder in "ab" for name in (tmp_path / folder / "runs").read_text().splitlines()]
@@ -763,13 +764,15 @@ def test_columns_belong_to_the_data_set(tmp_path, monkeypatch):
     (tmp_path / "data.json").write_text(json.dumps(rows))
     records = mv.load_records(str(tmp_path / "data.json"), grpo.normalize_record, grpo.RECORD)
     columns = grpo.column_names(records)
-    assert columns == ["id", "view", "reference", "prompts", "late"]
+    assert columns == ["id", "view", "reference", "prompts", "late", "assistant"]  # record 7 has a reference
     functions = grpo.load_rewards([f"{tmp_path / 'some.py'}:{name}" for name in ("view", "late", "filled")])
     groups = [{"record": records[i], "texts": ["a", "b"], "ids": [[1], [2]]} for i in (0, 1)]
     assert grpo.score({name: functions[name] for name in ("view", "late")}, groups, columns).sum() == 0
     inputs = grpo.reward_inputs(groups, columns)
-    assert inputs.keys() == {"prompts", "completions", "completion_ids", "reference", "id", "view", "late"}
-    assert inputs["prompts"] == ["a"] * 4 and inputs["view"] == inputs["late"] == [None] * 4
+    assert inputs.keys() == {"prompts", "completions", "completion_ids", *columns}
+    assert {"reference", "assistant"} < inputs.keys()
+    assert inputs["prompts"] == ["a"] * 4
+    assert inputs["view"] == inputs["late"] == inputs["assistant"] == [None] * 4
     grpo.check_parameters("--data_path", "x.json", columns, functions)
     for missing, function in (("view", "view"), ("late", "late")):
         there = [name for name in columns if name != missing]
@@ -798,6 +801,180 @@ def test_missing_columns_end_a_run_before_the_weights(flags, tmp_path, monkeypat
     rewards = [row["reward"] for row in metrics(tmp_path / "out") if "reward" in row]
     assert sorted(set(rewards)) == [0, 1] and rewards.count(1) == 2  # in one step (of two iterations) of four
     assert [row["eval_reward"] for row in metrics(tmp_path / "out") if "eval_reward" in row] == [2 / 8]
+
+
+UPSTREAM_TEXTS = """
+import re
+
+def helper(text): return text
+
+def format_reward(completions, **kwargs):
+    return [1.0 if re.fullmatch("<answer>.*</answer>", text) else 0.0 for text in completions]
+
+def accuracy_reward(completions, assistant, **kwargs):
+    return [float(helper(text).lower() == answer.strip().lower()) for text, answer in zip(completions, assistant)]
+
+def length_reward(completions, **kwargs):
+    return [len(text) for text in completions]
+"""
+UPSTREAM_MESSAGES = """
+import re
+
+def format_reward(completions, **kwargs):
+    return [1.0 if re.fullmatch("<answer>.*</answer>", c[0]["content"]) else 0.0 for c in completions]
+
+def accuracy_reward(completions, assistant, **kwargs):
+    return [float(c[0]["content"].lower() == a["content"].strip().lower()) for c, a in zip(completions, assistant)]
+
+def length_reward(completions, **kwargs):
+    return [len(c[0]["content"]) for c in completions]
+"""
+UPSTREAM_NAMES = ["format_reward", "accuracy_reward", "length_reward"]
+
+
+def upstream_groups():
+    """References of every kind: an answer, a column beside turns or beside an empty answer, and `assistant` itself."""
+    ask = {"from": "human", "value": "Who?"}
+    rows = [{"conversations": [ask, {"from": "gpt", "value": "It moves."}]},
+            {"conversations": [ask], "solution": 7},
+            {"conversations": [ask, {"from": "gpt", "value": ""}], "answer": "Two"},
+            {"prompt": [{"role": "user", "content": "Who?"}], "assistant": "Own", "answer": "Other"}]  # fmt: skip
+    rows = [grpo.normalize_record({"id": i, **row}, "record") for i, row in enumerate(rows)]
+    texts = [["it moves.", "<answer>no</answer>"], ["7", ""], ["two", "2"], ["own", "other"]]
+    return [{"record": row, "texts": own, "ids": [[1], [2]]} for row, own in zip(rows, texts)]
+
+
+UPSTREAM_COLUMNS = ["id", "solution", "answer", "assistant"]
+UPSTREAM_REWARDS = [[[0, 1, 9], [1, 0, 19]], [[0, 1, 1], [0, 0, 0]], [[0, 1, 3], [0, 0, 1]], [[0, 1, 3], [0, 0, 5]]]
+
+
+def test_a_file_of_rewards_takes_texts(tmp_path):
+    """All functions named *_reward in the file's order; completions and `assistant` are texts for every record."""
+    (tmp_path / "reward_funcs.py").write_text(UPSTREAM_TEXTS)
+    args = grpo.GRPOArguments(reward_funcs=[str(tmp_path / "reward_funcs.py"), "accuracy"])
+    assert args.check(set()) == [] and args.reward_weights == [1.0] * 4
+    rewards = grpo.load_rewards([str(tmp_path / "reward_funcs.py")])
+    assert list(rewards) == UPSTREAM_NAMES
+    assert grpo.score(rewards, upstream_groups(), UPSTREAM_COLUMNS).tolist() == UPSTREAM_REWARDS
+    plain = scored_groups(["It moves.", "no"], ["5", "no"])
+    assert grpo.score(rewards, plain, COLUMNS)[..., 1].tolist() == [[1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("annotated", [False, True])
+def test_rewards_that_read_messages(tmp_path, annotated):
+    """Functions named one by one, or annotated in a whole file: lists of messages, `assistant` is a message."""
+    file = tmp_path / "reward_funcs.py"
+    hint = "(completions: list[list[dict[str, str]]], " if annotated else "(completions, "
+    file.write_text(re.sub(r"(?<=reward)\(completions, ", hint, UPSTREAM_MESSAGES))
+    rewards = grpo.load_rewards([str(file)] if annotated else [f"{file}:{name}" for name in UPSTREAM_NAMES])
+    groups = upstream_groups()[:3]
+    assert grpo.score(rewards, groups, UPSTREAM_COLUMNS).tolist() == UPSTREAM_REWARDS[:3]
+    given = grpo.reward_inputs(groups, UPSTREAM_COLUMNS, rewards["accuracy_reward"].texts)
+    answers = ["It moves.", "7", "Two"]
+    assert given["assistant"][::2] == [{"role": "assistant", "content": answer} for answer in answers]
+    if not annotated:
+        message = (
+            r"functions of a whole file are given completions and `assistant` as texts, but format_reward reads a "
+            r"'content': give the functions one by one, as \S+/reward_funcs\.py:format_reward, which get lists of"
+        )
+        with pytest.raises(mv.InputError, match=message):
+            grpo.load_rewards([str(file)])
+
+
+def test_forms_are_those_of_trl():
+    """Completions and prompts are lists of messages exactly where TRL finds the prompt conversational."""
+    from trl.data_utils import is_conversational
+
+    given = grpo.reward_inputs(upstream_groups() + scored_groups("ab", "cd"), [*COLUMNS, *UPSTREAM_COLUMNS])
+    assert [is_conversational({"prompt": prompt}) for prompt in given["prompts"]] == [True] * 10 + [False] * 2
+    for prompt, completion, ids in zip(given["prompts"], given["completions"], given["completion_ids"]):
+        assert is_conversational({"prompt": prompt}) == is_conversational({"prompt": completion}), ids
+        assert isinstance(completion, str) or completion[0]["role"] == "assistant"
+    assert given["assistant"][6] == "Own"  # a column of the record is given as it is, as by TRL
+    assert given["assistant"][-1] == "5" and given["reference"][-1] == "5"
+    message = {"role": "assistant", "content": "Own"}
+    row = grpo.normalize_record({"id": 1, "prompt": "Who?", "assistant": message}, "record")
+    own = [{"record": row, "texts": ["a"], "ids": [[1]]}, {**upstream_groups()[3], "texts": ["a"], "ids": [[1]]}]
+    expected = {None: [message, "Own"], True: ["Own", "Own"], False: [message, message]}
+    for texts, columns in expected.items():
+        assert grpo.reward_inputs(own, ["assistant"], texts)["assistant"] == columns
+
+
+@pytest.mark.parametrize("annotation, texts", [
+    ("list[str]", True), (list[str], True), ("List[ str ]", True), ("typing.Sequence[str]", True),
+    ("list[list[dict]]", False), (list[list[dict[str, str]]], False), ("t.List[t.List[t.Dict[str, str]]]", False),
+    ("list[list]", False), ("list", None), (list, None), ("list[str] | list[list[dict]]", None), ("list[dict]", None),
+    ("list[list[dict]] | list[str]", None), ("list[str | list[dict]]", None),
+])  # fmt: skip
+def test_annotations_of_completions(annotation, texts):
+    assert grpo.annotated_texts(annotation) is texts
+
+
+def test_a_text_reward_is_not_given_messages_silently(tmp_path):
+    """len() of a list of one message is 1 for every completion: refused before the model; annotated, it gets texts."""
+    file = tmp_path / "mine.py"
+    annotated = "def annotated(completions: list[str], **kwargs): return [len(text) for text in completions]\n"
+    others = """
+def counts(completions, **kwargs): return [1.0] * len(completions)
+def counts_too(**kwargs): return [1.0] * len(kwargs["completions"])
+def by_kwargs(**kwargs): return [len(text) for text in kwargs["completions"]]
+class Length:
+    def __call__(self, completions, **kwargs): return [len(text) for text in completions]
+instance = Length()
+def wrapped(function):
+    import functools
+    return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
+decorated = wrapped(length_reward)
+short = lambda completions, **kwargs: [len(text) for text in completions]
+"""
+    file.write_text(UPSTREAM_TEXTS + annotated + others)
+    turns, plain = {"prompt": [{"role": "user", "content": "Who?"}], "answer": "a"}, {"prompt": "Who?", "answer": "a"}
+    tables = {}
+    for name, rows in (("mixed", [plain, turns]), ("plain", [plain])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        tables[name] = mv.load_records(str(tmp_path / f"{name}.json"), grpo.normalize_record, grpo.RECORD)
+    for name in (*UPSTREAM_NAMES, "by_kwargs", "instance", "decorated", "short"):
+        rewards = grpo.load_rewards([f"{file}:{name}"])
+        grpo.check_forms("--data_path", "x.json", tables["plain"], rewards)
+        as_one = r" \(and `assistant` as one\)" if name == "accuracy_reward" else ""
+        message = (
+            rf"--reward_funcs {name}: for records of --eval_path x\.json completions are lists of messages "
+            r"\[{'role': 'assistant', 'content': text}\], as in TRL for prompts of turns, but its file never reads "
+            rf"'content': write `completions: list\[str\]` in its signature to get texts{as_one}, or "
+            r"`completions: list\[list\[dict\]\]` if it does read them"
+        )
+        with pytest.raises(mv.InputError, match=message):
+            grpo.check_forms("--eval_path", "x.json", tables["mixed"], rewards)
+    fine = grpo.load_rewards([f"{file}:annotated", f"{file}:counts", f"{file}:counts_too", str(file), "accuracy"])
+    grpo.check_forms("--data_path", "x.json", tables["mixed"], fine)
+    assert grpo.score(fine, upstream_groups()[:1], UPSTREAM_COLUMNS)[0, :, :2].tolist() == [[9, 1], [19, 1]]
+
+
+@pytest.mark.parametrize("name, given, other, annotation", [
+    ("lower", r"lists of messages \[{'role': 'assistant', 'content': text}\]", "texts", "list[str]"),
+    ("first: list[str]", "texts", "lists of messages", "list[list[dict]]"),
+])  # fmt: skip
+def test_errors_name_the_form_of_completions(tmp_path, name, given, other, annotation):
+    name, _, hint = name.partition(": ")
+    bodies = {"lower": "c.lower() and 1.0", "first": "float(c[0]['content'] == 'x')"}
+    file = tmp_path / "mine.py"
+    file.write_text(f"def {name}(completions{': ' if hint else ''}{hint}, **kwargs):\n"
+                    f"    'content'\n    return [{bodies[name]} for c in completions]\n")  # fmt: skip
+    rewards = grpo.load_rewards([f"{file}:{name}"])
+    message = rf"failed on record 0: (Attribute|Type)Error: .*\. Its completions.* are {given}: to get {other}, write "
+    with pytest.raises(mv.InputError, match=message + re.escape(f"`completions: {annotation}` in its signature")):
+        grpo.score(rewards, upstream_groups(), UPSTREAM_COLUMNS)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("def f(completions, **kwargs): return [1.0]", r"no function of the file is named \*_reward: rename them"),
+    ("def _own_reward(a, b): return 1.0", r"_own_reward must take \*\*kwargs: .*, or rename it if it is"),
+    ("async def a_reward(completions, **kwargs): return 1", "has no plain function 'a_reward', it is async"),
+])  # fmt: skip
+def test_files_without_usable_rewards(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    (problem,) = grpo.GRPOArguments(reward_funcs=[str(tmp_path / "mine.py")]).check(set())
+    assert re.search(message, problem)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -864,6 +1041,41 @@ def test_records():
     row = grpo.normalize_record({"prompt": turns}, "r")
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "user"]
     assert (row["prompt"], row["reference"]) == (None, None)
+
+
+ORDER = ["b.mp4", "a.mp4", {"video": "c.mp4", "fps": 1}, ["1.png", "2.png"], "a.mp4"]
+
+
+@pytest.mark.parametrize("form", ["conversations", "messages", "prompt of turns", "prompt", "prompt of parts"])
+@pytest.mark.parametrize("media", ["video", "videos"])
+@pytest.mark.parametrize("newline", ["\n", ""])
+def test_prompts_with_and_without_tags_are_one(form, media, newline, tmp_path):
+    """The same videos in the same order, media first; through the data file, and in what reward functions get."""
+
+    def record(question):
+        if form == "prompt of parts":
+            question = [*[{"type": "video"}] * question.count("<video>"), {"type": "text", "text": "What changed?"}]
+        ask, answer = {"role": "user", "content": question}, {"role": "assistant", "content": "It moved."}
+        if form == "conversations":
+            turns = {form: [{"from": "human", "value": question}, {"from": "gpt", "value": "It moved."}]}
+        elif form == "messages":
+            turns = {form: [ask, answer]}
+        else:
+            turns = {"prompt": question if form == "prompt" else [ask], "solution": "It moved."}
+        return {"id": 1, media: [*ORDER], **turns}
+
+    questions = ["What changed?", f"<video>{newline}" * 5 + "What changed?"]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record(question)) + "\n" for question in questions))
+    rows = list(mv.load_records(str(tmp_path / "data.jsonl"), grpo.normalize_record, grpo.RECORD))
+    expected = [["b.mp4"], ["a.mp4"], ["c.mp4"], ["1.png", "2.png"], ["a.mp4"], []]
+    for row, question in zip(rows, questions):
+        ((role, content),) = [(message["role"], message["content"]) for message in row["messages"]]
+        assert (role, [part["files"] for part in content]) == ("user", expected)
+        assert content[-1]["text"] == "What changed?" and content[2]["fps"] == 1 and row["reference"] == "It moved."
+        assert row["prompt"] == (question if form == "prompt" else None)
+    assert rows[0]["messages"] == rows[1]["messages"]
+    given = grpo.reward_inputs([{"record": row, "texts": ["a"], "ids": [[1]]} for row in rows], [])
+    assert given["prompts"] == (questions if form == "prompt" else [given["prompts"][0]] * 2)
 
 
 @pytest.mark.parametrize("key, value, expected", [
@@ -1038,6 +1250,32 @@ def test_resume_is_bit_equal(straight, flags, tmp_path, monkeypatch):
     assert (tmp_path / "completions.jsonl").read_text() == (straight / "completions.jsonl").read_text()
     expected = load_file(straight / "model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_a_run_with_a_file_of_rewards(flags, tmp_path, monkeypatch, capsys):
+    """The rewards of the first step's completions, worked out from their texts; the banner says what was given.
+
+    One of its functions by name, which TRL would give messages, ends the run before the weights, as for --eval_path.
+    """
+    (tmp_path / "reward_funcs.py").write_text(UPSTREAM_TEXTS)
+    plain = [{"prompt": "Which colour?", "solution": "red"}] * 8
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    one = ["--reward_funcs", f"{tmp_path / 'reward_funcs.py'}:length_reward", "--output_dir", tmp_path / "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(mv, "load_model", lambda *args: pytest.fail("loaded a model"))
+        with pytest.raises(mv.InputError, match=r"length_reward: for records of --data_path \S+ completions are"):
+            train(patched, *flags, *one)
+        with pytest.raises(mv.InputError, match=r"length_reward: for records of --eval_path \S+ completions are"):
+            train(patched, *flags, *one, *evaluation(flags), "--data_path", tmp_path / "plain.json")
+    train(monkeypatch, *flags, "--max_steps", 2, "--reward_funcs", tmp_path / "reward_funcs.py",
+          "--reward_weights", 1, 1, 0.5, "--output_dir", tmp_path / "out")  # fmt: skip
+    assert "0.5 × length_reward (given texts)" in "".join(capsys.readouterr())
+    row = json.loads((tmp_path / "out" / "completions.jsonl").read_text().splitlines()[0])
+    lengths = [one["length_reward"] for one in row["completions"]]
+    assert lengths == [len(one["text"]) for one in row["completions"]] and len(set(lengths)) > 1
+    for one in row["completions"]:
+        assert (one["format_reward"], one["accuracy_reward"], one["reward"]) == (0, 0, one["length_reward"] / 2)
+    assert {f"rewards/{name}" for name in UPSTREAM_NAMES} <= set(metrics(tmp_path / "out")[0])
 
 
 @pytest.mark.parametrize("moment", ["rollout", "update", "eval"])

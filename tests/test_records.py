@@ -193,6 +193,9 @@ def test_seed_readme_record():
                                                         {"role": "assistant", "content": [{"text": "So."}]}]},
         {"video": ["a.mp4", "b.mp4"], "messages": [{"from": "human", "value": "<video>\n<video>\nWhy?", "role": None},
                                                    {"from": "assistant", "value": "So.", "content": None}]},
+        {"video": ["a.mp4", "b.mp4"], "conversations": [
+            {"from": "human", "value": "Why?", "thinking": "of a user"},
+            {"from": "gpt", "value": "So.", "reasoning": None, "reasoning_content": " ", "thinking": []}]},
     ],
 )  # fmt: skip
 def test_equivalent_records_have_one_normal_form(record):
@@ -489,6 +492,16 @@ BAD_RECORDS = {
     "no answer": ({"conversations": llava()["conversations"][:1]}, r"no assistant \('gpt'\) turn"),
     "empty answer": (llava("?", " \n"), r"an assistant \('gpt'\) turn without text"),
     "answer is a video": (llava("?", "<video>", video="a.mp4"), r"an assistant \('gpt'\) turn without text"),
+    **{f"{key} of {form}": (
+        {turns: [{"role": "user", "content": "?"}, {"role": "assistant", "content": content, **own}]},
+        rf"turn 1: field '{key}' of the assistant's turn, got str 'So it is\.': the models' chat template has no "
+        "place for it: write it into the answer's text, for example <think>…</think> before the answer, or remove")
+       for key in ("reasoning", "reasoning_content", "thinking")
+       for form, turns, content, own in (
+           ("a turn", "messages", "Yes.", {key: "So it is."}),
+           ("a LLaVA turn", "conversations", "Yes.", {key: "So it is."}),
+           ("a turn without text", "messages", None, {key: "So it is."}),
+           ("a part", "messages", [{"type": key, key: "So it is."}, {"type": "text", "text": "Yes."}], {}))},
     # tags
     "more tags": (llava("<video><video>", video="a.mp4"), "2 <video> tags for 1 videos: write one tag per video, or "
                   "no tag at all"),
@@ -555,6 +568,26 @@ BAD_RECORDS = {
     "image option": (llava(image={"image": "a.png", "fps": 1}), "option 'fps' means nothing for an image: drop it"),
     "frames option": (llava(video={"video": ["1.png"], "start": 1}), "option 'start' means nothing for a list of fr"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking"])
+@pytest.mark.parametrize("trainer", ["dpo", "grpo", "cls"])
+def test_reasoning_fields_are_refused_by_every_trainer(trainer, key):
+    """In answers that are learned, that are references, and that stand in a prompt; test_bad_record has SFT's."""
+    talk = [{"from": "human", "value": "First?"}, {"from": "gpt", "value": "Yes.", key: "Because."}]
+    more = [*talk, {"from": "human", "value": "Then?"}]
+    records = {
+        "dpo": [{"prompt": "?", "chosen": talk[1:], "rejected": "No."},
+                {"prompt": "?", "chosen": "No.", "rejected": talk[1:]},
+                {"prompt": more, "chosen": "Yes.", "rejected": "No."},
+                {"chosen": talk, "rejected": [talk[0], {"from": "gpt", "value": "No."}]}],
+        "grpo": [{"conversations": talk}, {"conversations": talk, "solution": "Yes."}, {"prompt": more}],
+        "cls": [{"conversations": more, "label": "open"}, {"messages": more, "label": "open"}],
+    }  # fmt: skip
+    normalize = importlib.import_module(f"train_{trainer}").normalize_record
+    for record in records[trainer]:
+        with pytest.raises(ValueError, match=rf"^record 3: .*turn \d: field '{key}' of the assistant's turn, got str"):
+            normalize(record, "record 3")
 
 
 @pytest.mark.parametrize("name", BAD_RECORDS)
