@@ -597,8 +597,13 @@ class BadVideo(InputError):
         self.record, self.path, self.reason = record, path, reason
 
     def __str__(self):
-        return (f"record {self.record}: {self.path}: {self.reason}. Mend the file, take it out of the record, or give "
-                "--on_bad_video drop_video or drop_sample")  # fmt: skip
+        return (f"{record_name(self.record)}: {self.path}: {self.reason}. Mend the file, take it out of the record, "
+                "or give --on_bad_video drop_video or drop_sample")  # fmt: skip
+
+
+def record_name(name: str) -> str:
+    """How a message calls a record by its id, which is "record 3" or "line 3" where it has none of its own."""
+    return name if name.lower().startswith(("record", "line ")) else f"record {name}"
 
 
 def run(main):
@@ -709,9 +714,11 @@ def _absent(value):
 
 def _turns(record):
     present = [key for key in ("conversations", "messages") if record.get(key) is not None]
-    if len(present) != 1:
-        found = " and ".join(present) or f"only the fields {', '.join(map(str, record)) or '(none)'}"
-        raise ValueError(f"expected either 'conversations' or 'messages', got {found}: keep exactly one of them")
+    if not present:
+        found = ", ".join(map(str, record)) or "(none)"
+        raise ValueError(f"no 'conversations' or 'messages' (its fields: {found}): add one of them, with the turns")
+    if len(present) > 1:
+        raise ValueError("fields 'conversations' and 'messages' are both there: keep exactly one of them")
     turns = record[present[0]]
     if not isinstance(turns, (list, tuple)) or not turns:
         raise ValueError(f"field {present[0]!r}: expected a list of turns, got {_short(turns)}")
@@ -931,12 +938,12 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     """All records in one fixed schema, memory-mapped: converted once, found again by the file's identity.
 
     Raises:
-        ValueError: lists the first bad records; says so when there is no record at all.
+        ValueError: counts all bad records and lists the first different problems, each with its first places; says
+            so when there is no record at all.
     """
-    complaints = []
 
     def rows(source, identity, normalize):
-        count = 0
+        count, bad, problems = 0, 0, {}  # problem: [its records, the first places]
         for where, record in read_records(source):
             if isinstance(record, dict) and record.get("id") is not None:
                 where = f"{where} (id {record['id']!r})"
@@ -945,16 +952,22 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
                     raise ValueError(f"{where}: {record}")
                 row = normalize(record, where)
             except ValueError as error:
-                complaints.append(str(error))
-                if len(complaints) == MAX_COMPLAINTS:
-                    break
+                bad += 1
+                problem = str(error).removeprefix(f"{where}: ")
+                if problem in problems or len(problems) < MAX_COMPLAINTS:
+                    found = problems.setdefault(problem, [0, []])
+                    found[0] += 1
+                    found[1] += [where] if len(found[1]) < 3 else []
             else:
                 count += 1
-                yield row
-        if complaints:
-            many = "1 bad record" if len(complaints) == 1 else f"{len(complaints)} bad records"
-            more = " (the first ones)" if len(complaints) == MAX_COMPLAINTS else ""
-            raise InputError(f"{source}: {many}{more}\n  • " + "\n  • ".join(complaints))
+                if not bad:  # else the rows are not used
+                    yield row
+        if bad:
+            lines = [_complaint(problem, *found) for problem, found in problems.items()]
+            if others := bad - sum(number for number, _ in problems.values()):
+                lines.append(f"… and {others:,} more with other problems")
+            many = "1 bad record" if bad == 1 else f"{bad:,} bad records"
+            raise InputError(f"{source}: {many}\n  • " + "\n  • ".join(lines))
         if not count:
             raise InputError(f"{source}: no records in it; expected at least one")
 
@@ -977,6 +990,13 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
+
+
+def _complaint(problem, number, places):
+    """One line for all records with this problem."""
+    if number == 1:
+        return f"{places[0]}: {problem}"
+    return f"{problem}: {number:,} records, {'first ' if number > len(places) else ''}{', '.join(places)}"
 
 
 def project_sources(*files: str) -> list[tuple[str, str]]:
@@ -1717,7 +1737,7 @@ class Encoder:
         try:
             clips, shrunk = self.clips(parts, folder, known_bad or {})
         except ValueError as error:
-            raise InputError(f"record {record['id']}: {error}") from None
+            raise InputError(f"{record_name(record['id'])}: {error}") from None
         bad = [(clip.path, clip.reason) for clip in clips if isinstance(clip, BadFile)]
         sample = {"id": record["id"], "shrunk": shrunk, "bad": bad, "num_tokens": 0, "num_videos": 0, "num_images": 0}
         sample |= {key: value for key, value in record.items() if key not in ("id", "messages", "completions")}
@@ -1748,7 +1768,7 @@ class Encoder:
         if longest > most:
             if self.args.on_long_sample == "error":
                 raise InputError(
-                    f"record {record['id']}: {longest} tokens ({sum(pads)} visual), --{flag} is "
+                    f"{record_name(record['id'])}: {longest} tokens ({sum(pads)} visual), --{flag} is "
                     f"{most}: raise it, set --max_video_tokens, lower --fps or the sizes, or "
                     "--on_long_sample skip"
                 )
@@ -2990,8 +3010,9 @@ class SampleStream:
                         deaths += self._bury(*worker)
                         worker = None
                         if self.closed or len(deaths) == 3:
-                            raise InputError(f"record {row['id']}: the process that encodes it ends again and again "
-                                             f"({deaths}), but at none of its files: memory?") from None  # fmt: skip
+                            name = record_name(row["id"])
+                            raise InputError(f"{name}: the process that encodes it ends again and again ({deaths}), "
+                                             "but at none of its files: memory?") from None  # fmt: skip
                     else:
                         (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
             except Exception as error:  # the trainer waits for an answer
@@ -3119,14 +3140,14 @@ class SampleStream:
                     row = {"file": file, "reason": reason, "record": record, "action": action}
                     append_jsonl(self.bad_path, row | {"state": _file_state(file)})
                     if action != "error":
-                        tqdm.write(f"bad file, {action}: record {record}: {file}: {reason}", sys.stderr)
+                        tqdm.write(f"bad file, {action}: {record_name(record)}: {file}: {reason}", sys.stderr)
 
     def _warn_of_positions(self, sample):
         """Print a warning, once, of a sample whose positions exceed those that the model was made for."""
         last = int(sample["position_ids"].max()) if "position_ids" in sample else 0
         if last >= self.encoder.max_positions and not self.warned:
             self.warned = True
-            tqdm.write(f"warning: record {sample['id']} ends at position {last:,}, and the model was made for "
+            tqdm.write(f"warning: {record_name(sample['id'])} ends at position {last:,}, and the model was made for "
                        f"{self.encoder.max_positions:,} (max_position_embeddings in its config.json): give shorter "
                        "parts of its videos ('start' and 'end'), or split it. tools/check_data.py lists all such "
                        "records", sys.stderr)  # fmt: skip
@@ -3183,7 +3204,7 @@ def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, fo
                 bad_uses += count
         if bad:
             total, epochs = sum(uses.values()), 1 if args.max_steps > 0 else max(1, args.num_train_epochs)
-            lines = [f"record {_record_of(records, *key)}: {os.path.join(folder, key[0])}: {reason}"
+            lines = [f"{record_name(_record_of(records, *key))}: {os.path.join(folder, key[0])}: {reason}"
                      for key, reason in itertools.islice(bad.items(), 5)]  # fmt: skip
             files = len({path for path, _ in bad})
             found = f"--{flag}: {files:,} of {len(uses):,} files cannot be used ({bad_uses:,} of {total:,} places)"

@@ -346,10 +346,10 @@ def comparable(reference, indices: list[int], samples: list[dict]) -> list[dict]
     for k, (i, sample) in enumerate(zip(indices, samples)):
         if isinstance(reference, dict) and "input_ids" in sample and int(reference["crc32"][i]) != checksum(sample):
             if not sample["bad"]:
-                raise mv.InputError(f"record {sample['id']}: its tokens, positions or frames differ from those that "
-                                    "the reference log-probabilities were computed from: a video or image file has "
-                                    "changed since, or the code that encodes it; delete the ref_log_probs-* file "
-                                    "to compute them again")  # fmt: skip
+                raise mv.InputError(f"{mv.record_name(sample['id'])}: its tokens, positions or frames differ from "
+                                    "those that the reference log-probabilities were computed from: a video or "
+                                    "image file has changed since, or the code that encodes it; delete the "
+                                    "ref_log_probs-* file to compute them again")  # fmt: skip
             samples[k] = {key: value for key, value in sample.items() if key != "input_ids"}  # left out and counted
     return samples
 

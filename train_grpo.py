@@ -483,19 +483,19 @@ def score(functions: dict, groups: list[dict], columns: list[str]) -> torch.Tens
                 except Exception as again:
                     culprit, told = group["record"]["id"], _told(again)
                     break
-            raise mv.InputError(f"reward function {name} failed on record {culprit}: {told}") from error
+            raise mv.InputError(f"reward function {name} failed on {mv.record_name(culprit)}: {told}") from error
         values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
         ids = ", ".join(group["record"]["id"] for group in groups[:8])
         if not isinstance(values, (list, tuple)) or len(values) != rewards[..., f].numel():
             got = f"{len(values)} rewards" if isinstance(values, (list, tuple)) else repr(values)[:80]
             raise mv.InputError(f"reward function {name} gave {got} for {rewards[..., f].numel()} completions of "
-                                f"record {ids}: expected a list with one number or None for each")  # fmt: skip
+                                f"{mv.record_name(ids)}: expected a list, one number or None for each")  # fmt: skip
         for i, value in enumerate(values):
             group, g = groups[i // shape[1]], i % shape[1]
             if value is not None and not (isinstance(value, (int, float, np.number, torch.Tensor))
                                           and math.isfinite(value)):  # fmt: skip
                 raise mv.InputError(
-                    f"reward function {name} gave {value!r} for record {group['record']['id']}, its "
+                    f"reward function {name} gave {value!r} for {mv.record_name(group['record']['id'])}, its "
                     f"completion {group['texts'][g]!r:.200}: expected a finite number or None"
                 )
             rewards[i // shape[1], g, f] = math.nan if value is None else float(value)

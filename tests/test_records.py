@@ -452,10 +452,10 @@ BAD_RECORDS = {
     "no object": ("Why?", r"a record must be an object with named fields, got str 'Why\?'"),
     "list": ([llava()], "a record must be an object with named fields, got list"),
     "null": (None, "a record must be an object with named fields, got NoneType"),
-    "no turns": ({"video": "a.mp4", "text": "Why?"}, "expected either 'conversations' or 'messages', got only the "
-                 "fields video, text: keep exactly one"),
-    "both": ({**llava(), **trl()}, "got conversations and messages: keep exactly one of them"),
-    "nothing": ({}, r"got only the fields \(none\)"),
+    "no turns": ({"video": "a.mp4", "text": "Why?"}, r"no 'conversations' or 'messages' \(its fields: video, text\): "
+                 "add one of them, with the turns"),
+    "both": ({**llava(), **trl()}, "'conversations' and 'messages' are both there: keep exactly one of them"),
+    "nothing": ({}, r"its fields: \(none\)"),
     "turns are text": ({"conversations": "Why?"}, "field 'conversations': expected a list of turns, got str 'Why"),
     "turns are columns": ({"messages": {"role": ["user"]}}, "field 'messages': expected a list of turns, got dict"),
     "no turn": ({"messages": []}, "field 'messages': expected a list of turns, got list"),
@@ -576,7 +576,7 @@ def test_bad_records_are_collected_with_their_places(tmp_path):
         title, *complaints = str(caught.value).split("\n  • ")
         assert title == f"{source}: 4 bad records"
         starts = [" (id 6): turn 0: 'value' must be text", " (id 'seven'): 1 <video> tags for 0", ": video 'http",
-                  " (id 9): expected either"]  # fmt: skip
+                  " (id 9): no 'conversations'"]  # fmt: skip
         for i, (complaint, start) in enumerate(zip(complaints, starts, strict=True), 1 + shift):
             assert complaint.startswith(place.format(i) + start)
 
@@ -586,13 +586,32 @@ def test_the_id_is_named_in_what_the_trainer_finds(tmp_path):
         load(write(tmp_path / "e.json", [llava("?", "", id="e")]))
 
 
-def test_no_more_than_twenty_bad_records_are_read(tmp_path):
-    path = write(tmp_path / "bad.jsonl", [llava(i) for i in range(30)])
-    with pytest.raises(ValueError, match=r"20 bad records \(the first ones\)") as caught:
+def test_no_more_than_twenty_problems_are_listed(tmp_path):
+    path = write(tmp_path / "bad.jsonl", [*(llava(i) for i in range(30)), llava(0), llava()])
+    with pytest.raises(ValueError, match=r"31 bad records\n") as caught:
         load(path)
-    assert str(caught.value).count("\n  • ") == 20
-    assert "line 20: " in str(caught.value)
-    assert "line 21: " not in str(caught.value)
+    _, *lines = str(caught.value).split("\n  • ")
+    assert len(lines) == 21 and lines[20] == "… and 10 more with other problems"
+    assert "got int 0: put numbers in quotes: 2 records, line 1, line 31" in lines[0] and "line 20: " in lines[19]
+
+
+def test_the_same_problem_is_one_line_with_a_true_count(tmp_path):
+    records = [*[llava("<video>", id=i) for i in "ab"], *[llava("<video>")] * 1500, llava(), llava(3, id="z")]
+    with pytest.raises(ValueError) as caught:
+        load(write(tmp_path / "bad.json", records))
+    title, *lines = str(caught.value).split("\n  • ")
+    assert title.endswith("bad.json: 1,503 bad records")
+    assert lines[0].startswith("1 <video> tags for 0 videos: ")
+    assert lines[0].endswith(": 1,502 records, first record 0 (id 'a'), record 1 (id 'b'), record 2")
+    assert lines[1:] == ["record 1503 (id 'z'): turn 0: 'value' must be text, got int 3: put numbers in quotes"]
+
+
+def test_a_record_without_an_id_is_not_called_a_record_twice(tmp_path):
+    """Its id is "record 3" or "line 3"; an id of the user's own stands behind the word."""
+    names = {"record 3": "record 3", "line 3": "line 3", "record_3": "record_3", "7": "record 7"}
+    for name, shown in names.items():
+        assert mv.record_name(name) == shown
+        assert str(mv.BadVideo(name, "a.mp4", "gone")).startswith(f"{shown}: a.mp4: gone")
 
 
 GOOD = json.dumps(llava())
@@ -607,7 +626,7 @@ BAD_FILES = {
     "garbage.json": (f"[{GOOD}] x", "record 1: not valid JSON"),
     "one_object.json": (json.dumps(llava(), indent=2), r"1 bad record\n  • line 1: one object over several lines: "
                         r"expected a list \[{…}, …\] of records, or one object per line"),
-    "wrapped.json": (json.dumps({"data": [llava()]}), "line 1: expected either .* got only the fields data"),
+    "wrapped.json": (json.dumps({"data": [llava()]}), r"line 1: no 'conversations' .*\(its fields: data\)"),
     "bad_lines.jsonl": (f"{GOOD}\n{GOOD[:-9]}\n{GOOD}\nWhy?\n", r"2 bad records\n  • line 2: not valid JSON \(.*\): "
                         r"expected one object per line\n  • line 4: not valid JSON"),
     "latin1.jsonl": (json.dumps(llava("é"), ensure_ascii=False).encode("latin-1"), "line 1: not valid JSON .*utf-8"),

@@ -354,7 +354,7 @@ def draw_falls(rows: list[dict], picture: Path) -> list[dict]:
     axes.axhline(0, color="#888", linewidth=0.8)
     axes.set_xlabel("video" if len(rows) == 1 else "place of the video in the sample")
     axes.set_ylabel("fall of log p(reference), nats")
-    whose = f"record {rows[0]['id']}" if len(rows) == 1 else f"mean of {len(rows)} records"
+    whose = mv.record_name(rows[0]["id"]) if len(rows) == 1 else f"mean of {len(rows)} records"
     axes.set_title(f"What the answer loses when one video is blanked ({whose})", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=130)

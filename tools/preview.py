@@ -418,7 +418,7 @@ def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], 
     canvas = Canvas(fonts, (WIDTH, head + clips_height + between + LINE * len(lines) + 90))
     visual = sum(clip["tokens"] for clip in clips)
     learned = int((sample["labels"] != -100).sum())
-    canvas.text(MARGIN, 62, fitted(canvas, f"record {row['id']}", BOLD, 30, WIDTH - 2 * MARGIN), BOLD, 30)
+    canvas.text(MARGIN, 62, fitted(canvas, mv.record_name(row["id"]), BOLD, 30, WIDTH - 2 * MARGIN), BOLD, 30)
     facts = [f"{sample['num_tokens']:,} tokens = {visual:,} visual + {sample['num_tokens'] - visual:,} of text"]
     facts += [f"{learned:,} learned", many(sample["num_videos"], "video"), many(sample["num_images"], "image")]
     facts += [f"made smaller by --max_video_tokens {args.max_video_tokens:,}"] if sample["shrunk"] else []
@@ -462,11 +462,11 @@ def main():
     if "input_ids" not in sample:
         why = "; ".join(f"{file}: {reason}" for file, reason in sample["bad"])
         why = why or f"{sample['num_tokens']} tokens, --max_seq_length is {args.max_seq_length}"
-        raise mv.InputError(f"record {row['id']} is left out of training: {why}")
+        raise mv.InputError(f"{mv.record_name(row['id'])} is left out of training: {why}")
     clips = read_clips(row, sample, encoder, args.image_folder, args)
     sheet = draw_sheet(row, sample, clips, read_text(sample, clips, encoder), args, own.shown_frames)
     sheet.save(own.output)
-    print(f"{own.output}: record {row['id']}, {sample['num_tokens']} tokens, "
+    print(f"{own.output}: {mv.record_name(row['id'])}, {sample['num_tokens']} tokens, "
           f"{int((sample['labels'] != -100).sum())} learned; {sheet.width}×{sheet.height} pixels")  # fmt: skip
 
 
