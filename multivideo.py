@@ -299,6 +299,60 @@ REPLACED_FLAGS = {
 }  # fmt: skip
 
 
+# What other projects (LLaMA-Factory, ms-swift, TRL, Qwen's own script, older Trainers) call flags that are here too.
+RENAMED_FLAGS = {
+    **dict.fromkeys(["model", "model_name", "model_path", "model_name_or_path", "pretrained_model_name_or_path",
+                     "base_model"], "--model_id"),
+    **dict.fromkeys(["dataset", "dataset_name", "dataset_use", "dataset_path", "data", "data_file", "train_data",
+                     "train_file", "train_path"], "--data_path"),
+    **dict.fromkeys(["eval_data", "eval_data_path", "eval_dataset", "eval_file", "val_dataset", "val_file", "val_path",
+                     "validation_file"], "--eval_path"),
+    **dict.fromkeys(["video_folder", "video_dir", "video_root", "image_dir", "image_root", "media_dir", "media_folder",
+                     "data_dir"], "--image_folder"),
+    **dict.fromkeys(["output", "out_dir", "save_dir"], "--output_dir"),
+    **dict.fromkeys(["epochs", "num_epochs", "max_epochs", "train_epochs"], "--num_train_epochs"),
+    **dict.fromkeys(["steps", "num_steps", "total_steps", "train_steps", "max_train_steps", "num_train_steps"],
+                    "--max_steps"),
+    **dict.fromkeys(["batch_size", "train_batch_size", "micro_batch_size", "per_gpu_batch", "per_gpu_batch_size",
+                     "per_gpu_train_batch_size", "per_device_batch_size"], "--per_device_train_batch_size"),
+    **dict.fromkeys(["eval_batch_size", "per_gpu_eval_batch_size"], "--per_device_eval_batch_size"),
+    **dict.fromkeys(["grad_accum", "grad_accum_steps", "accumulation_steps", "gradient_accumulation"],
+                    "--gradient_accumulation_steps"),
+    **dict.fromkeys(["lr", "base_lr", "peak_lr"], "--learning_rate"),
+    **dict.fromkeys(["vit_lr", "vision_tower_lr", "vision_learning_rate"], "--vision_lr"),
+    **dict.fromkeys(["mm_projector_lr", "projector_lr", "aligner_lr"], "--merger_lr"),
+    **dict.fromkeys(["lr_scheduler", "lr_schedule", "scheduler"], "--lr_scheduler_type"),
+    "optimizer": "--optim", "wd": "--weight_decay",
+    **dict.fromkeys(["grad_clip", "clip_grad", "max_norm", "gradient_clipping"], "--max_grad_norm"),
+    **dict.fromkeys(["max_length", "max_len", "max_seq_len", "model_max_length", "cutoff_len", "max_tokens"],
+                    "--max_seq_length"),
+    "load_in_4bit": "--bits 4", "load_in_8bit": "--bits 8",
+    **dict.fromkeys(["quantization_bit", "quant_bits"], "--bits"),
+    **dict.fromkeys(["lora", "use_lora", "use_peft"], "--lora_enable True"),
+    "lora_r": "--lora_rank",
+    **dict.fromkeys(["adapters", "adapter_path", "adapter_name_or_path", "lora_path"], "--lora_weight_path"),
+    **dict.fromkeys(["freeze_vit", "freeze_vision", "freeze_visual"], "--freeze_vision_tower"),
+    **dict.fromkeys(["freeze_aligner", "freeze_projector", "freeze_multi_modal_projector"], "--freeze_merger"),
+    "tune_mm_vision": "--freeze_vision_tower False", "tune_mm_mlp": "--freeze_merger False",
+    "tune_mm_llm": "--freeze_llm False",
+    **dict.fromkeys(["video_fps", "sample_fps", "frame_rate"], "--fps"),
+    **dict.fromkeys(["num_frames", "n_frames", "video_num_frames"], "--nframes"),
+    **dict.fromkeys(["video_maxlen", "video_max_frames", "fps_max_frames"], "--max_frames"),
+    **dict.fromkeys(["video_min_frames", "fps_min_frames"], "--min_frames"),
+    "max_pixels": "--video_max_pixels (or --image_max_pixels)",
+    "min_pixels": "--video_min_pixels (or --image_min_pixels)",
+    **dict.fromkeys(["flash_attn", "use_flash_attn", "attn_impl"], "--attn_implementation"),
+    **dict.fromkeys(["workers", "num_workers", "preprocessing_num_workers"], "--dataloader_num_workers"),
+    **dict.fromkeys(["resume", "resume_from"], "--resume_from_checkpoint"),
+    **dict.fromkeys(["system", "default_system"], "--system_prompt"),
+    **dict.fromkeys(["dpo_beta", "pref_beta", "kl_coef"], "--beta"),
+    **dict.fromkeys(["ref_model", "ref_model_path"], "--ref_model_id"),
+    **dict.fromkeys(["group_size", "num_return_sequences"], "--num_generations"),
+    **dict.fromkeys(["max_new_tokens", "max_response_length"], "--max_completion_length"),
+    "reward_functions": "--reward_funcs",
+}  # fmt: skip
+
+
 class _CollectingParser(HfArgumentParser):
     """HfArgumentParser whose errors are raised, so that all of them can be gathered before anything is reported."""
 
@@ -372,7 +426,9 @@ def _answer_unknown(word, parser):
     answer = REPLACED_FLAGS.get(name) or REPLACED_FLAGS.get(name.replace("-", "_"))
     if answer is None:
         known = [option for option in parser._option_string_actions if option.startswith("--")]
-        close = difflib.get_close_matches(f"--{name}", known, n=1)
+        renamed = RENAMED_FLAGS.get(name.replace("-", "_").lower(), "")
+        here = renamed.split(" ")[0] in known  # a flag of this trainer
+        close = [renamed] if here else difflib.get_close_matches(f"--{name}", known, n=1)
         answer = f"no such flag; did you mean {close[0]}?" if close else "no such flag; --help lists all"
     return f"{typed}: {answer}"
 
