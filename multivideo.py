@@ -938,6 +938,15 @@ def read_records(source: str):
             start = file.read(4096)
             head = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
             file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
+            if b"\0" in start:  # UTF-16 has one in every Latin letter
+                wide = start.startswith((b"\xff\xfe", b"\xfe\xff")) or start[:4].count(b"\0") == 2
+                mend = "save the file as UTF-8 (iconv -f utf-16 -t utf-8)" if wide else "is this a JSON file?"
+                yield "line 1", ValueError(f"not UTF-8 text ({'UTF-16' if wide else 'it has the byte 0x00'}): {mend}")
+                return
+            if head.startswith((b"//", b"/*", b"#")):
+                number = 1 + start[: len(start) - len(head)].count(b"\n")
+                yield f"line {number}", _parse_line(head.decode(errors="replace"))
+                return
             if head.startswith(b"["):
                 import ijson
 
@@ -949,22 +958,119 @@ def read_records(source: str):
                         return
                     except (ijson.JSONError, UnicodeDecodeError) as error:
                         what = " at ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())
-                        yield f"record {i}", ValueError(f"not valid JSON ({what}): nothing after it was read")
+                        line, what = _find_in_list(path) or ("?", f"not valid JSON: {what}")
+                        yield f"record {i}, line {line}", ValueError(f"{what} (nothing after it was read)")
                         return
             opening, *more = head.split(b"\n", 1)
-            if more and opening.startswith(b"{") and not opening.rstrip().endswith(b"}"):
+            problem = _parse_line(opening.decode(errors="replace")) if more else None
+            if opening.startswith(b"{") and isinstance(problem, ValueError) and "ends too early" in str(problem):
                 yield "line 1", ValueError("one object over several lines: expected a list [{…}, …] of records, or "
                                            "one object per line")  # fmt: skip
                 return
             for number, line in enumerate(file, 1):
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    try:
-                        yield f"line {number}", json.loads(line.decode("utf-8-sig"))
-                    except ValueError as error:
-                        yield f"line {number}", ValueError(f"not valid JSON ({error}): expected one object per line")
+                    yield f"line {number}", _parse_line(line.decode("utf-8-sig", "surrogateescape"))
         return
     for i, record in enumerate(_open_table(source)):
         yield f"record {i}", record
+
+
+def _refuse_constant(name):
+    raise ValueError(f"not valid JSON: {name}, which is no JSON value: write null or a number")
+
+
+JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that Python's surrogateescape has let through
+CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')  # the group is empty in texts
+
+
+def _parse_line(text):
+    """The JSON value of one line, or a ValueError that names what is invalid in it."""
+    try:
+        if byte := NOT_UTF8.search(text):
+            return _not_utf8(byte)
+        return JSON_DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        return _json_problem(text, error)
+    except ValueError as error:
+        return error
+
+
+def _not_utf8(byte):
+    return ValueError(f"not UTF-8 (byte 0x{ord(byte[0]) - 0xDC00:02x}): save the file as UTF-8 (from Latin-1: iconv "
+                      "-f latin1 -t utf-8)")  # fmt: skip
+
+
+def _json_problem(text, error):
+    """A ValueError that says in one sentence what json's decoder found, and what to do."""
+    message, before, rest = error.msg, text[: error.pos].rstrip(), text[error.pos :].lstrip()
+    shown = f"{rest.splitlines()[0]:.30}" if rest else ""
+    comma = re.match(r"(,?)\s*([\]}])", rest)
+    constant = re.match(r"(?:None|True|False|undefined)\b", rest)
+    if not rest or message.startswith("Unterminated"):
+        what = "it ends too early: is the file cut off? Copy or write it again"
+    elif comma and (comma[1] or before.endswith(",")):
+        what = f"a comma before {comma[2]}: remove it"
+    elif comma and message.startswith("Expecting"):
+        what = f"{comma[2]} where it does not fit: a value is missing, or there is one bracket too many"
+    elif rest.startswith(("//", "/*", "#")):
+        what = f"a comment ({shown}), which JSON does not have: remove it"
+    elif rest[0] in "'‘’“”`":
+        what = f'the quote {rest[0]} where JSON needs ": put names and texts in double quotes'
+    elif message.startswith("Invalid control character"):
+        what = "a line break or tab in a text: write \\n or \\t, or the closing quote that is missing"
+    elif message.startswith("Invalid \\"):
+        what = f"a single backslash in a text ({shown:.12}): write it twice"
+    elif constant:
+        what = f"{constant[0]}, which is no JSON value: write null, true or false"
+    elif re.match(r"\w+\s*:", rest):
+        what = f"a name without quotes ({shown}): put it in double quotes"
+    elif message.startswith("Extra data") and rest[0] == ",":
+        what = "a comma after the object: remove it"
+    elif message.startswith("Extra data"):
+        what = f"more after its end ({shown}): a file is one list [{{…}}, …], or one object per line"
+    elif message.startswith("Expecting ',' delimiter"):
+        what = f"no comma before {shown}: add it, or the bracket or quote that is missing"
+    else:
+        what = f"{message} at {shown}"
+    return ValueError(f"not valid JSON: {what}")
+
+
+def _find_in_list(path):
+    """The (line, ValueError) at which a JSON list becomes invalid; None if Python's decoder finds nothing.
+
+    ijson needs little memory, but does not tell the line: only when it has failed, the file is read once more.
+    """
+    space = re.compile(r"\s*")
+    text, start, line, separator = "", 0, 1, "["  # `text` from the end of the last good record, on `line`
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        while True:
+            chunk = file.read(1 << 20)
+            line += text.count("\n", 0, start)
+            text, start, problem = text[start:] + chunk, 0, None
+            while problem is None:
+                before = space.match(text, start).end()
+                found, at = text[before : before + 1], space.match(text, before + 1).end()
+                try:
+                    if separator == "," and found == "]":
+                        raise json.JSONDecodeError("Extra data", text, at)  # or the end
+                    if found != separator:
+                        raise json.JSONDecodeError("Expecting ',' delimiter", text, before)
+                    start, separator = JSON_DECODER.raw_decode(text, at)[1], ","
+                except json.JSONDecodeError as error:
+                    cut = len(text) - error.pos < 100 or error.msg.startswith("Unterminated")  # by the end of `text`
+                    at, problem = error.pos, _json_problem(text, error)
+                except ValueError as error:  # a constant
+                    at = next(match.start() for match in CONSTANT.finditer(text, at) if match[1])
+                    cut, problem = False, error
+            more = chunk and cut
+            if (byte := NOT_UTF8.search(text)) and byte.start() < (start if more else at):
+                at, problem = byte.start(), _not_utf8(byte)
+            elif more:
+                continue
+            elif at == len(text) and found == "]":
+                return None
+            return line + text.count("\n", 0, at), problem
 
 
 def _open_table(source):
