@@ -726,7 +726,7 @@ OPTION_ALIASES = {"video_start": "start", "video_end": "end"}
 CONTROL_TOKENS = re.compile(r"<\|(?:(?:video|image|vision)_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")
 TAG = re.compile(r"(?:\r?\n)?<(video|image)>(?:\r?\n)?")  # a tag takes one newline on each side with it
 ODD_TAG = re.compile(r"<\s*/?(?:video|image)s?[\s_-]*\d*\s*/?>", re.IGNORECASE)  # meant as a tag
-ODD_FIELD = re.compile(r"(?:vid[eo]{2}s?|images?|imgs?)(?:[_-]?(?:paths?|files?|list|urls?))?", re.IGNORECASE)
+ODD_FIELD = re.compile(r"(?:vid[eo]{2}s?|images?|imgs?)(?:[_-]?(?:paths?|files?|list|urls?|\d+))?", re.IGNORECASE)
 CLIP_SUFFIXES, STILL_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm"), (".jpg", ".jpeg", ".png", ".bmp")
 MAX_COMPLAINTS = 20
 
@@ -744,7 +744,12 @@ def normalize_conversation(record: dict, where: str) -> dict:
         raise ValueError(f"{where}: a record must be an object with named fields, got {_short(record)}")
     try:
         media = {kind: [_media_part(kind, item) for item in _media_list(record, kind)] for kind in ("video", "image")}
+        check_fields(record, ("conversations", "messages"))
         messages = [normalize_turn(turn, i) for i, turn in enumerate(_turns(record))]
+        placed = {part["type"] for message in messages for part in message["content"] if part["files"]}
+        for kind in media:
+            if not placed & {kind, "frames" if kind == "video" else kind}:
+                check_fields(record, (kind, f"{kind}s"))
         _fill_tags(messages, media)
         odd = [key for key, value in record.items() if not _absent(value) and ODD_FIELD.fullmatch(str(key))]
         if odd and all(part["type"] == "text" for message in messages for part in message["content"]):
@@ -766,6 +771,45 @@ def _absent(value):
     """Null, an empty list, or a struct of nulls, as which Arrow may hand out what a record does not have."""
     fields = value.values() if isinstance(value, dict) else [value]
     return all(item is None or (isinstance(item, (list, tuple)) and not item) for item in fields)
+
+
+def check_fields(record: dict, *needed: tuple[str, ...], where: str | None = None):
+    """Look for misspelled fields: unknown ones that are nearly one of the `needed` names that the record lacks.
+
+    Each of `needed` has the names of which one is enough.
+
+    Raises:
+        ValueError: names the field and what was probably meant.
+    """
+    read = {name for names in needed for name in names}
+    for names in needed:
+        if any(not _absent(record.get(name)) for name in names):
+            continue
+        for key, value in record.items():
+            counted = names[0] in ("video", "image") and isinstance(value, (int, float))  # no path: how many, which
+            if key in read or _absent(value) or counted:
+                continue
+            if meant := next((name for name in names if _nearly(str(key), name)), None):
+                place = f"{where}: " if where else ""
+                raise ValueError(f"{place}field {key!r} is not one that is read: did you mean {meant!r}? Rename it, "
+                                 "or drop it if it is something else")  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def _nearly(key, name):
+    """Whether `key` can only be a misspelt `name`: other case, the same letters, or one other (of long names two)."""
+    key = key.lower()
+    numbered = key != name and key.rstrip("0123456789") in (name, "")
+    if numbered or key.startswith(f"{name}_") or key[0] not in name:
+        return False  # video_id, answer2
+    if re.sub(r"[\W_]", "", key) == name.replace("_", "") or sorted(key) == sorted(name):
+        return True
+    row = range(len(name) + 1)  # Levenshtein distances
+    for i, letter in enumerate(key, 1):
+        last, row = row, [i]
+        for j, other in enumerate(name, 1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (letter != other)))
+    return key[0] == name[0] and row[-1] <= (2 if len(name) >= 8 else 1)
 
 
 def _turns(record):

@@ -376,6 +376,7 @@ def normalize_record(
         ValueError: names the record, what was found, what was expected and the mend.
     """
     if isinstance(record, dict):
+        mv.check_fields(record, ("prompt", "conversations", "messages"), ("label", "labels"), where=where)
         turns = [record.get(key) for key in ("prompt", "conversations", "messages")]
         if sum(bool(value) for value in turns) > 1:
             raise ValueError(f"{where}: more than one of 'prompt', 'conversations' and 'messages': keep one of them")

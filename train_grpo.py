@@ -202,6 +202,9 @@ def reference_beside(fields: dict, where: str) -> str | None:
         if not str(value).strip():
             raise ValueError(f"{where}: field {key!r}: the reference answer is empty: write it or drop the record")
         return str(value)
+    plurals = [f"{key}s" for key in REFERENCES]  # columns of their own
+    others = {key: value for key, value in fields.items() if key not in plurals}
+    mv.check_fields(others, REFERENCES, where=where)
     return None
 
 
@@ -218,6 +221,7 @@ def normalize_record(record: dict, where: str) -> dict:
     fields = record if isinstance(record, dict) else {}
     columns = {key: value for key, value in fields.items() if key not in READ}
     prompt, reference, left_out = fields.get("prompt"), reference_beside(fields, where), []
+    mv.check_fields(fields, ("prompt", "conversations", "messages"), where=where)
     if prompt is not None:
         if both := [key for key in ("conversations", "messages") if fields.get(key) is not None]:
             raise ValueError(f"{where}: fields 'prompt' and {both[0]!r} are both there: keep one of them")

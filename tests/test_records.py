@@ -13,6 +13,9 @@ import datasets
 import pytest
 
 import multivideo as mv
+import train_cls
+import train_dpo
+import train_grpo
 import train_sft
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -507,8 +510,13 @@ BAD_RECORDS = {
     "frames twice": (trl([{"type": "video", "video": ["1.png"]}, CONTENT], videos=["a.mp4"]), "keep one of them"),
     # media
     "both fields": (llava(video="a.mp4", videos=["b.mp4"]), "fields 'video' and 'videos' are both there: keep one"),
-    "misspelt": (llava(vidoe="a.mp4"), "field 'vidoe' is not one that is read: name it 'video' or 'image', or "
-                 "drop it"),
+    "misspelt": (llava(vidoe="a.mp4"), r"field 'vidoe' is not one that is read: did you mean 'video'\? Rename it, or "
+                 "drop it if it is something else"),
+    "misspelt with a tag": (llava("<video>?", vidoes=["a.mp4"]), "field 'vidoes' is not .* did you mean 'videos'"),
+    "misspelt beside the other": (llava("?", image="a.png", vedio="a.mp4"), "'vedio' is .* did you mean 'video'"),
+    "misspelt image": (llava("?", video="a.mp4", imgae="a.png"), "field 'imgae' is .* did you mean 'image'"),
+    "misspelt turns": ({"conversatons": llava()["conversations"]}, "'conversatons' .* did you mean 'conversations'"),
+    "numbered": (llava(video_1="a.mp4", video_2="b.mp4"), "field 'video_1' is not one that is read: name it 'video'"),
     "upstream of upstream": (llava(video_path=["a.mp4"]), "field 'video_path' is not one that is read"),
     "capital": (llava(Video="a.mp4"), "field 'Video' is not one that is read"),
     "empty path": (llava(video=""), "video: expected a file path, got str ''; where there is none, leave it out"),
@@ -563,6 +571,61 @@ def test_bad_record(name):
     with pytest.raises(ValueError, match=message) as caught:
         train_sft.normalize_record(record, "line 7 (id 'x')")
     assert str(caught.value).startswith("line 7 (id 'x'): ")
+
+
+MISSPELT = {
+    "video": "vidoe vedio Video VIDEO vidio viedo vide", "videos": "vidoes Videos vedios", "image": "imgae imge Image",
+    "images": "imags Images imgaes", "chosen": "choosen Chosen chosn", "rejected": "rejcted rejeted Rejected rejectd",
+    "label": "lable Label labl lebel", "labels": "lables Labels", "prompt": "promt Prompt prompts propmt",
+    "conversations": "conversatons conversation Conversations coversations convesation converstaions",
+    "messages": "mesages message Messages massages", "solution": "soluton Solution sloution solutoin",
+    "answer": "anwser Answer answr", "ground_truth": "groundtruth ground-truth Ground_Truth ground_thruth",
+    "reference": "refrence referance Reference",
+}  # fmt: skip
+HARMLESS = """
+    video_id image_id videoid imageid label_name label_id labeler labelled video_length video_2 num_videos title
+    video_title video_url_id audio radio level table stage usage imagery id_2 question question_id answer_type
+    answer_a answer_2 answers solutions references ground_truths reference_id resolution preference inference
+    deference prompt_id prompt_length message_id conversation_id conv_id turns history source dataset task score
+    chosen_score rejected_by chosen_model rejected_score index idx tags text caption options choices choice solver
+    category split meta metadata width height fps duration start end system tools model created_at lang
+"""
+
+
+def test_misspelt_names_are_near_and_harmless_ones_are_not():
+    for name, misspelt in MISSPELT.items():
+        for key in misspelt.split():
+            with pytest.raises(ValueError, match=f"here: field {key!r} is not one .* did you mean {name!r}"):
+                mv.check_fields({"id": "1", key: "x"}, (name,), where="here")
+            mv.check_fields({"id": "1", key: "x", name: "y"}, (name,))  # what is needed is there
+            mv.check_fields({"id": "1", key: None}, (name,))
+    names = [*MISSPELT]
+    for key in HARMLESS.split():
+        if key[:-1] not in ("answer", "solution", "reference", "ground_truth"):  # plurals are train_grpo's to pass
+            mv.check_fields({"id": "1", key: "x"}, *zip(names))
+        mv.normalize_conversation({**llava("<video>?", video="a.mp4"), key: "x"}, "here")
+        train_grpo.normalize_record({"prompt": "?", "video": "a.mp4", key: "x"}, "here")
+        train_dpo.normalize_record({"prompt": "?", "video": "a.mp4", "chosen": "a", "rejected": "b", key: "x"}, "here")
+        train_cls.normalize_record({"prompt": "?", "video": "a.mp4", "label": "a", key: "x"}, "here")
+    mv.normalize_conversation(llava(Images=0, Video=3), "here")  # how many
+
+
+@pytest.mark.parametrize(
+    ("normalize", "record", "message"),
+    [
+        (train_dpo.normalize_record, {"prompt": "?", "choosen": "a", "rejected": "b"}, "'choosen' .* 'chosen'"),
+        (train_dpo.normalize_record, {"prompt": "?", "chosen": "a", "rejcted": "b"}, "'rejcted' .* 'rejected'"),
+        (train_dpo.normalize_record, {"promt": "?", "chosen": "a", "rejected": "b"}, "'promt' .* 'prompt'"),
+        (train_cls.normalize_record, {"prompt": "?", "lable": "a"}, "'lable' .* 'label'"),
+        (train_cls.normalize_record, {"Prompt": "?", "label": "a"}, "'Prompt' .* 'prompt'"),
+        (train_grpo.normalize_record, {"promt": "?", "solution": "a"}, "'promt' .* 'prompt'"),
+        (train_grpo.normalize_record, {"prompt": "?", "soluton": "a"}, "'soluton' .* 'solution'"),
+        (train_grpo.normalize_record, {"prompt": "?", "solution": "a", "vidoe": "a.mp4"}, "'vidoe' .* 'video'"),
+    ],
+)  # fmt: skip
+def test_misspelt_fields_of_each_trainer(normalize, record, message):
+    with pytest.raises(ValueError, match=f"^line 3: field {message}"):
+        normalize(record, "line 3")
 
 
 def test_bad_records_are_collected_with_their_places(tmp_path):
