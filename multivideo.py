@@ -751,7 +751,8 @@ def normalize_conversation(record: dict, where: str) -> dict:
             if not placed & {kind, "frames" if kind == "video" else kind}:
                 check_fields(record, (kind, f"{kind}s"))
         _fill_tags(messages, media)
-        odd = [key for key, value in record.items() if not _absent(value) and ODD_FIELD.fullmatch(str(key))]
+        odd = [key for key, value in record.items() if ODD_FIELD.fullmatch(str(key))
+               and not _absent(value) and not isinstance(value, (int, float))]  # fmt: skip
         if odd and all(part["type"] == "text" for message in messages for part in message["content"]):
             raise ValueError(f"field {odd[0]!r} is not one that is read: name it 'video' or 'image', or drop it")
         first = messages[messages[0]["role"] == "system"]["role"] if len(messages) > 1 else messages[0]["role"]

@@ -116,6 +116,17 @@ def kind_of(clip: dict) -> str:
     return "image" if clip["part"]["type"] == "image" else "video"
 
 
+def read_expected(row: dict) -> list[tuple[str, str, bool]]:
+    """What a record has beside its turns, as pieces: a classifier's label or target, the reference of GRPO."""
+    pieces = []
+    for name in ("label", "target", "reference"):
+        value = row.get(name)
+        if value not in (None, []):
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            pieces += [(f"{name} (the model does not read it)", "answer", False), (text, "text", False)]
+    return pieces
+
+
 def read_text(sample: dict, clips: list[dict], encoder) -> list[tuple[str, str, bool]]:
     """The tokens as pieces `(text, kind, is it learned)`; kinds: text, control, clip, answer (a new sequence)."""
     ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
@@ -126,7 +137,7 @@ def read_text(sample: dict, clips: list[dict], encoder) -> list[tuple[str, str, 
     pieces, start = [], 0
     for number, length in enumerate(sample["lengths"].tolist()):
         if number:
-            pieces.append((f"answer {number}", "answer", False))
+            pieces.append((("chosen", "rejected")[number - 1], "answer", False))  # of train_dpo.py
         span = range(start, start + length)
         for (kind, learned), run in itertools.groupby(span, lambda i: (kinds[i], labels[i] != -100)):
             run = list(run)
@@ -409,6 +420,7 @@ def draw_text(canvas: Canvas, lines: list[list[tuple]], y: int):
 
 def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], args, shown: int) -> Image.Image:
     """The whole picture: what the sample is, its clips, its text."""
+    pieces = [*pieces, *read_expected(row)]
     names = [str(row["id"]), args.data_path, args.model_id, *(clip["name"] for clip in clips)]
     fonts = find_fonts("↵…" + "".join([*names, *(piece[0] for piece in pieces)]))
     ruler = Canvas(fonts)
