@@ -339,6 +339,60 @@ REPLACED_FLAGS = {
 }  # fmt: skip
 
 
+# What other projects (LLaMA-Factory, ms-swift, TRL, Qwen's own script, older Trainers) call flags that are here too.
+RENAMED_FLAGS = {
+    **dict.fromkeys(["model", "model_name", "model_path", "model_name_or_path", "pretrained_model_name_or_path",
+                     "base_model"], "--model_id"),
+    **dict.fromkeys(["dataset", "dataset_name", "dataset_use", "dataset_path", "data", "data_file", "train_data",
+                     "train_file", "train_path"], "--data_path"),
+    **dict.fromkeys(["eval_data", "eval_data_path", "eval_dataset", "eval_file", "val_dataset", "val_file", "val_path",
+                     "validation_file"], "--eval_path"),
+    **dict.fromkeys(["video_folder", "video_dir", "video_root", "image_dir", "image_root", "media_dir", "media_folder",
+                     "data_dir"], "--image_folder"),
+    **dict.fromkeys(["output", "out_dir", "save_dir"], "--output_dir"),
+    **dict.fromkeys(["epochs", "num_epochs", "max_epochs", "train_epochs"], "--num_train_epochs"),
+    **dict.fromkeys(["steps", "num_steps", "total_steps", "train_steps", "max_train_steps", "num_train_steps"],
+                    "--max_steps"),
+    **dict.fromkeys(["batch_size", "train_batch_size", "micro_batch_size", "per_gpu_batch", "per_gpu_batch_size",
+                     "per_gpu_train_batch_size", "per_device_batch_size"], "--per_device_train_batch_size"),
+    **dict.fromkeys(["eval_batch_size", "per_gpu_eval_batch_size"], "--per_device_eval_batch_size"),
+    **dict.fromkeys(["grad_accum", "grad_accum_steps", "accumulation_steps", "gradient_accumulation"],
+                    "--gradient_accumulation_steps"),
+    **dict.fromkeys(["lr", "base_lr", "peak_lr"], "--learning_rate"),
+    **dict.fromkeys(["vit_lr", "vision_tower_lr", "vision_learning_rate"], "--vision_lr"),
+    **dict.fromkeys(["mm_projector_lr", "projector_lr", "aligner_lr"], "--merger_lr"),
+    **dict.fromkeys(["lr_scheduler", "lr_schedule", "scheduler"], "--lr_scheduler_type"),
+    "optimizer": "--optim", "wd": "--weight_decay",
+    **dict.fromkeys(["grad_clip", "clip_grad", "max_norm", "gradient_clipping"], "--max_grad_norm"),
+    **dict.fromkeys(["max_length", "max_len", "max_seq_len", "model_max_length", "cutoff_len", "max_tokens"],
+                    "--max_seq_length"),
+    "load_in_4bit": "--bits 4", "load_in_8bit": "--bits 8",
+    **dict.fromkeys(["quantization_bit", "quant_bits"], "--bits"),
+    **dict.fromkeys(["lora", "use_lora", "use_peft"], "--lora_enable True"),
+    "lora_r": "--lora_rank",
+    **dict.fromkeys(["adapters", "adapter_path", "adapter_name_or_path", "lora_path"], "--lora_weight_path"),
+    **dict.fromkeys(["freeze_vit", "freeze_vision", "freeze_visual"], "--freeze_vision_tower"),
+    **dict.fromkeys(["freeze_aligner", "freeze_projector", "freeze_multi_modal_projector"], "--freeze_merger"),
+    "tune_mm_vision": "--freeze_vision_tower False", "tune_mm_mlp": "--freeze_merger False",
+    "tune_mm_llm": "--freeze_llm False",
+    **dict.fromkeys(["video_fps", "sample_fps", "frame_rate"], "--fps"),
+    **dict.fromkeys(["num_frames", "n_frames", "video_num_frames"], "--nframes"),
+    **dict.fromkeys(["video_maxlen", "video_max_frames", "fps_max_frames"], "--max_frames"),
+    **dict.fromkeys(["video_min_frames", "fps_min_frames"], "--min_frames"),
+    "max_pixels": "--video_max_pixels (or --image_max_pixels)",
+    "min_pixels": "--video_min_pixels (or --image_min_pixels)",
+    **dict.fromkeys(["flash_attn", "use_flash_attn", "attn_impl"], "--attn_implementation"),
+    **dict.fromkeys(["workers", "num_workers", "preprocessing_num_workers"], "--dataloader_num_workers"),
+    **dict.fromkeys(["resume", "resume_from"], "--resume_from_checkpoint"),
+    **dict.fromkeys(["system", "default_system"], "--system_prompt"),
+    **dict.fromkeys(["dpo_beta", "pref_beta", "kl_coef"], "--beta"),
+    **dict.fromkeys(["ref_model", "ref_model_path"], "--ref_model_id"),
+    **dict.fromkeys(["group_size", "num_return_sequences"], "--num_generations"),
+    **dict.fromkeys(["max_new_tokens", "max_response_length"], "--max_completion_length"),
+    "reward_functions": "--reward_funcs",
+}  # fmt: skip
+
+
 class _CollectingParser(HfArgumentParser):
     """HfArgumentParser whose errors are raised, so that all of them can be gathered before anything is reported."""
 
@@ -413,7 +467,9 @@ def _answer_unknown(word, parser):
     answer = REPLACED_FLAGS.get(name) or REPLACED_FLAGS.get(name.replace("-", "_"))
     if answer is None:
         known = [option for option in parser._option_string_actions if option.startswith("--")]
-        close = difflib.get_close_matches(f"--{name}", known, n=1)
+        renamed = RENAMED_FLAGS.get(name.replace("-", "_").lower(), "")
+        here = renamed.split(" ")[0] in known  # a flag of this trainer
+        close = [renamed] if here else difflib.get_close_matches(f"--{name}", known, n=1)
         answer = f"no such flag; did you mean {close[0]}?" if close else "no such flag; --help lists all"
     return f"{typed}: {answer}"
 
@@ -638,8 +694,13 @@ class BadVideo(InputError):
         self.record, self.path, self.reason = record, path, reason
 
     def __str__(self):
-        return (f"record {self.record}: {self.path}: {self.reason}. Mend the file, take it out of the record, or give "
-                "--on_bad_video drop_video or drop_sample")  # fmt: skip
+        return (f"{record_name(self.record)}: {self.path}: {self.reason}. Mend the file, take it out of the record, "
+                "or give --on_bad_video drop_video or drop_sample")  # fmt: skip
+
+
+def record_name(name: str) -> str:
+    """How a message calls a record by its id, which is "record 3" or "line 3" where it has none of its own."""
+    return name if name.lower().startswith(("record", "line ")) else f"record {name}"
 
 
 def run(main):
@@ -707,7 +768,7 @@ OPTION_ALIASES = {"video_start": "start", "video_end": "end"}
 CONTROL_TOKENS = re.compile(r"<\|(?:(?:video|image|vision)_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")
 TAG = re.compile(r"(?:\r?\n)?<(video|image)>(?:\r?\n)?")  # a tag takes one newline on each side with it
 ODD_TAG = re.compile(r"<\s*/?(?:video|image)s?[\s_-]*\d*\s*/?>", re.IGNORECASE)  # meant as a tag
-ODD_FIELD = re.compile(r"(?:vid[eo]{2}s?|images?|imgs?)(?:[_-]?(?:paths?|files?|list|urls?))?", re.IGNORECASE)
+ODD_FIELD = re.compile(r"(?:vid[eo]{2}s?|images?|imgs?)(?:[_-]?(?:paths?|files?|list|urls?|\d+))?", re.IGNORECASE)
 CLIP_SUFFIXES, STILL_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm"), (".jpg", ".jpeg", ".png", ".bmp")
 MAX_COMPLAINTS = 20
 
@@ -725,9 +786,15 @@ def normalize_conversation(record: dict, where: str) -> dict:
         raise ValueError(f"{where}: a record must be an object with named fields, got {_short(record)}")
     try:
         media = {kind: [_media_part(kind, item) for item in _media_list(record, kind)] for kind in ("video", "image")}
+        check_fields(record, ("conversations", "messages"))
         messages = [normalize_turn(turn, i) for i, turn in enumerate(_turns(record))]
+        placed = {part["type"] for message in messages for part in message["content"] if part["files"]}
+        for kind in media:
+            if not placed & {kind, "frames" if kind == "video" else kind}:
+                check_fields(record, (kind, f"{kind}s"))
         _fill_tags(messages, media)
-        odd = [key for key, value in record.items() if not _absent(value) and ODD_FIELD.fullmatch(str(key))]
+        odd = [key for key, value in record.items() if ODD_FIELD.fullmatch(str(key))
+               and not _absent(value) and not isinstance(value, (int, float))]  # fmt: skip
         if odd and all(part["type"] == "text" for message in messages for part in message["content"]):
             raise ValueError(f"field {odd[0]!r} is not one that is read: name it 'video' or 'image', or drop it")
         first = messages[messages[0]["role"] == "system"]["role"] if len(messages) > 1 else messages[0]["role"]
@@ -749,11 +816,52 @@ def _absent(value):
     return all(item is None or (isinstance(item, (list, tuple)) and not item) for item in fields)
 
 
+def check_fields(record: dict, *needed: tuple[str, ...], where: str | None = None):
+    """Look for misspelled fields: unknown ones that are nearly one of the `needed` names that the record lacks.
+
+    Each of `needed` has the names of which one is enough.
+
+    Raises:
+        ValueError: names the field and what was probably meant.
+    """
+    read = {name for names in needed for name in names}
+    for names in needed:
+        if any(not _absent(record.get(name)) for name in names):
+            continue
+        for key, value in record.items():
+            counted = names[0] in ("video", "image") and isinstance(value, (int, float))  # no path: how many, which
+            if key in read or _absent(value) or counted:
+                continue
+            if meant := next((name for name in names if _nearly(str(key), name)), None):
+                place = f"{where}: " if where else ""
+                raise ValueError(f"{place}field {key!r} is not one that is read: did you mean {meant!r}? Rename it, "
+                                 "or drop it if it is something else")  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def _nearly(key, name):
+    """Whether `key` can only be a misspelt `name`: other case, the same letters, or one other (of long names two)."""
+    key = key.lower()
+    numbered = key != name and key.rstrip("0123456789") in (name, "")
+    if numbered or key.startswith(f"{name}_") or key[0] not in name:
+        return False  # video_id, answer2
+    if re.sub(r"[\W_]", "", key) == name.replace("_", "") or sorted(key) == sorted(name):
+        return True
+    row = range(len(name) + 1)  # Levenshtein distances
+    for i, letter in enumerate(key, 1):
+        last, row = row, [i]
+        for j, other in enumerate(name, 1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (letter != other)))
+    return key[0] == name[0] and row[-1] <= (2 if len(name) >= 8 else 1)
+
+
 def _turns(record):
     present = [key for key in ("conversations", "messages") if record.get(key) is not None]
-    if len(present) != 1:
-        found = " and ".join(present) or f"only the fields {', '.join(map(str, record)) or '(none)'}"
-        raise ValueError(f"expected either 'conversations' or 'messages', got {found}: keep exactly one of them")
+    if not present:
+        found = ", ".join(map(str, record)) or "(none)"
+        raise ValueError(f"no 'conversations' or 'messages' (its fields: {found}): add one of them, with the turns")
+    if len(present) > 1:
+        raise ValueError("fields 'conversations' and 'messages' are both there: keep exactly one of them")
     turns = record[present[0]]
     if not isinstance(turns, (list, tuple)) or not turns:
         raise ValueError(f"field {present[0]!r}: expected a list of turns, got {_short(turns)}")
@@ -931,6 +1039,15 @@ def read_records(source: str):
             start = file.read(4096)
             head = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
             file.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
+            if b"\0" in start:  # UTF-16 has one in every Latin letter
+                wide = start.startswith((b"\xff\xfe", b"\xfe\xff")) or start[:4].count(b"\0") == 2
+                mend = "save the file as UTF-8 (iconv -f utf-16 -t utf-8)" if wide else "is this a JSON file?"
+                yield "line 1", ValueError(f"not UTF-8 text ({'UTF-16' if wide else 'it has the byte 0x00'}): {mend}")
+                return
+            if head.startswith((b"//", b"/*", b"#")):
+                number = 1 + start[: len(start) - len(head)].count(b"\n")
+                yield f"line {number}", _parse_line(head.decode(errors="replace"))
+                return
             if head.startswith(b"["):
                 import ijson
 
@@ -942,22 +1059,119 @@ def read_records(source: str):
                         return
                     except (ijson.JSONError, UnicodeDecodeError) as error:
                         what = " at ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())
-                        yield f"record {i}", ValueError(f"not valid JSON ({what}): nothing after it was read")
+                        line, what = _find_in_list(path) or ("?", f"not valid JSON: {what}")
+                        yield f"record {i}, line {line}", ValueError(f"{what} (nothing after it was read)")
                         return
             opening, *more = head.split(b"\n", 1)
-            if more and opening.startswith(b"{") and not opening.rstrip().endswith(b"}"):
+            problem = _parse_line(opening.decode(errors="replace")) if more else None
+            if opening.startswith(b"{") and isinstance(problem, ValueError) and "ends too early" in str(problem):
                 yield "line 1", ValueError("one object over several lines: expected a list [{…}, …] of records, or "
                                            "one object per line")  # fmt: skip
                 return
             for number, line in enumerate(file, 1):
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    try:
-                        yield f"line {number}", json.loads(line.decode("utf-8-sig"))
-                    except ValueError as error:
-                        yield f"line {number}", ValueError(f"not valid JSON ({error}): expected one object per line")
+                    yield f"line {number}", _parse_line(line.decode("utf-8-sig", "surrogateescape"))
         return
     for i, record in enumerate(_open_table(source)):
         yield f"record {i}", record
+
+
+def _refuse_constant(name):
+    raise ValueError(f"not valid JSON: {name}, which is no JSON value: write null or a number")
+
+
+JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes that Python's surrogateescape has let through
+CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(-?Infinity|NaN)')  # the group is empty in texts
+
+
+def _parse_line(text):
+    """The JSON value of one line, or a ValueError that names what is invalid in it."""
+    try:
+        if byte := NOT_UTF8.search(text):
+            return _not_utf8(byte)
+        return JSON_DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        return _json_problem(text, error)
+    except ValueError as error:
+        return error
+
+
+def _not_utf8(byte):
+    return ValueError(f"not UTF-8 (byte 0x{ord(byte[0]) - 0xDC00:02x}): save the file as UTF-8 (from Latin-1: iconv "
+                      "-f latin1 -t utf-8)")  # fmt: skip
+
+
+def _json_problem(text, error):
+    """A ValueError that says in one sentence what json's decoder found, and what to do."""
+    message, before, rest = error.msg, text[: error.pos].rstrip(), text[error.pos :].lstrip()
+    shown = f"{rest.splitlines()[0]:.30}" if rest else ""
+    comma = re.match(r"(,?)\s*([\]}])", rest)
+    constant = re.match(r"(?:None|True|False|undefined)\b", rest)
+    if not rest or message.startswith("Unterminated"):
+        what = "it ends too early: is the file cut off? Copy or write it again"
+    elif comma and (comma[1] or before.endswith(",")):
+        what = f"a comma before {comma[2]}: remove it"
+    elif comma and message.startswith("Expecting"):
+        what = f"{comma[2]} where it does not fit: a value is missing, or there is one bracket too many"
+    elif rest.startswith(("//", "/*", "#")):
+        what = f"a comment ({shown}), which JSON does not have: remove it"
+    elif rest[0] in "'‘’“”`":
+        what = f'the quote {rest[0]} where JSON needs ": put names and texts in double quotes'
+    elif message.startswith("Invalid control character"):
+        what = "a line break or tab in a text: write \\n or \\t, or the closing quote that is missing"
+    elif message.startswith("Invalid \\"):
+        what = f"a single backslash in a text ({shown:.12}): write it twice"
+    elif constant:
+        what = f"{constant[0]}, which is no JSON value: write null, true or false"
+    elif re.match(r"\w+\s*:", rest):
+        what = f"a name without quotes ({shown}): put it in double quotes"
+    elif message.startswith("Extra data") and rest[0] == ",":
+        what = "a comma after the object: remove it"
+    elif message.startswith("Extra data"):
+        what = f"more after its end ({shown}): a file is one list [{{…}}, …], or one object per line"
+    elif message.startswith("Expecting ',' delimiter"):
+        what = f"no comma before {shown}: add it, or the bracket or quote that is missing"
+    else:
+        what = f"{message} at {shown}"
+    return ValueError(f"not valid JSON: {what}")
+
+
+def _find_in_list(path):
+    """The (line, ValueError) at which a JSON list becomes invalid; None if Python's decoder finds nothing.
+
+    ijson needs little memory, but does not tell the line: only when it has failed, the file is read once more.
+    """
+    space = re.compile(r"\s*")
+    text, start, line, separator = "", 0, 1, "["  # `text` from the end of the last good record, on `line`
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        while True:
+            chunk = file.read(1 << 20)
+            line += text.count("\n", 0, start)
+            text, start, problem = text[start:] + chunk, 0, None
+            while problem is None:
+                before = space.match(text, start).end()
+                found, at = text[before : before + 1], space.match(text, before + 1).end()
+                try:
+                    if separator == "," and found == "]":
+                        raise json.JSONDecodeError("Extra data", text, at)  # or the end
+                    if found != separator:
+                        raise json.JSONDecodeError("Expecting ',' delimiter", text, before)
+                    start, separator = JSON_DECODER.raw_decode(text, at)[1], ","
+                except json.JSONDecodeError as error:
+                    cut = len(text) - error.pos < 100 or error.msg.startswith("Unterminated")  # by the end of `text`
+                    at, problem = error.pos, _json_problem(text, error)
+                except ValueError as error:  # a constant
+                    at = next(match.start() for match in CONSTANT.finditer(text, at) if match[1])
+                    cut, problem = False, error
+            more = chunk and cut
+            if (byte := NOT_UTF8.search(text)) and byte.start() < (start if more else at):
+                at, problem = byte.start(), _not_utf8(byte)
+            elif more:
+                continue
+            elif at == len(text) and found == "]":
+                return None
+            return line + text.count("\n", 0, at), problem
 
 
 def _open_table(source):
@@ -987,12 +1201,12 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     """All records in one fixed schema, memory-mapped: converted once, found again by the file's identity.
 
     Raises:
-        ValueError: lists the first bad records; says so when there is no record at all.
+        ValueError: counts all bad records and lists the first different problems, each with its first places; says
+            so when there is no record at all.
     """
-    complaints = []
 
     def rows(source, identity, normalize):
-        count = 0
+        count, bad, problems = 0, 0, {}  # problem: [its records, the first places]
         for where, record in read_records(source):
             if isinstance(record, dict) and record.get("id") is not None:
                 where = f"{where} (id {record['id']!r})"
@@ -1001,16 +1215,22 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
                     raise ValueError(f"{where}: {record}")
                 row = normalize(record, where)
             except ValueError as error:
-                complaints.append(str(error))
-                if len(complaints) == MAX_COMPLAINTS:
-                    break
+                bad += 1
+                problem = str(error).removeprefix(f"{where}: ")
+                if problem in problems or len(problems) < MAX_COMPLAINTS:
+                    found = problems.setdefault(problem, [0, []])
+                    found[0] += 1
+                    found[1] += [where] if len(found[1]) < 3 else []
             else:
                 count += 1
-                yield row
-        if complaints:
-            many = "1 bad record" if len(complaints) == 1 else f"{len(complaints)} bad records"
-            more = " (the first ones)" if len(complaints) == MAX_COMPLAINTS else ""
-            raise InputError(f"{source}: {many}{more}\n  • " + "\n  • ".join(complaints))
+                if not bad:  # else the rows are not used
+                    yield row
+        if bad:
+            lines = [_complaint(problem, *found) for problem, found in problems.items()]
+            if others := bad - sum(number for number, _ in problems.values()):
+                lines.append(f"… and {others:,} more with other problems")
+            many = "1 bad record" if bad == 1 else f"{bad:,} bad records"
+            raise InputError(f"{source}: {many}\n  • " + "\n  • ".join(lines))
         if not count:
             raise InputError(f"{source}: no records in it; expected at least one")
 
@@ -1033,6 +1253,13 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
+
+
+def _complaint(problem, number, places):
+    """One line for all records with this problem."""
+    if number == 1:
+        return f"{places[0]}: {problem}"
+    return f"{problem}: {number:,} records, {'first ' if number > len(places) else ''}{', '.join(places)}"
 
 
 def project_sources(*files: str) -> list[tuple[str, str]]:
@@ -1773,7 +2000,7 @@ class Encoder:
         try:
             clips, shrunk = self.clips(parts, folder, known_bad or {})
         except ValueError as error:
-            raise InputError(f"record {record['id']}: {error}") from None
+            raise InputError(f"{record_name(record['id'])}: {error}") from None
         bad = [(clip.path, clip.reason) for clip in clips if isinstance(clip, BadFile)]
         sample = {"id": record["id"], "shrunk": shrunk, "bad": bad, "num_tokens": 0, "num_videos": 0, "num_images": 0}
         sample |= {key: value for key, value in record.items() if key not in ("id", "messages", "completions")}
@@ -1804,7 +2031,7 @@ class Encoder:
         if longest > most:
             if self.args.on_long_sample == "error":
                 raise InputError(
-                    f"record {record['id']}: {longest} tokens ({sum(pads)} visual), --{flag} is "
+                    f"{record_name(record['id'])}: {longest} tokens ({sum(pads)} visual), --{flag} is "
                     f"{most}: raise it, set --max_video_tokens, lower --fps or the sizes, or "
                     "--on_long_sample skip"
                 )
@@ -3046,8 +3273,9 @@ class SampleStream:
                         deaths += self._bury(*worker)
                         worker = None
                         if self.closed or len(deaths) == 3:
-                            raise InputError(f"record {row['id']}: the process that encodes it ends again and again "
-                                             f"({deaths}), but at none of its files: memory?") from None  # fmt: skip
+                            name = record_name(row["id"])
+                            raise InputError(f"{name}: the process that encodes it ends again and again ({deaths}), "
+                                             "but at none of its files: memory?") from None  # fmt: skip
                     else:
                         (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
             except Exception as error:  # the trainer waits for an answer
@@ -3175,14 +3403,14 @@ class SampleStream:
                     row = {"file": file, "reason": reason, "record": record, "action": action}
                     append_jsonl(self.bad_path, row | {"state": _file_state(file)})
                     if action != "error":
-                        tqdm.write(f"bad file, {action}: record {record}: {file}: {reason}", sys.stderr)
+                        tqdm.write(f"bad file, {action}: {record_name(record)}: {file}: {reason}", sys.stderr)
 
     def _warn_of_positions(self, sample):
         """Print a warning, once, of a sample whose positions exceed those that the model was made for."""
         last = int(sample["position_ids"].max()) if "position_ids" in sample else 0
         if last >= self.encoder.max_positions and not self.warned:
             self.warned = True
-            tqdm.write(f"warning: record {sample['id']} ends at position {last:,}, and the model was made for "
+            tqdm.write(f"warning: {record_name(sample['id'])} ends at position {last:,}, and the model was made for "
                        f"{self.encoder.max_positions:,} (max_position_embeddings in its config.json): give shorter "
                        "parts of its videos ('start' and 'end'), or split it. tools/check_data.py lists all such "
                        "records", sys.stderr)  # fmt: skip
@@ -3239,7 +3467,7 @@ def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, fo
                 bad_uses += count
         if bad:
             total, epochs = sum(uses.values()), 1 if args.max_steps > 0 else max(1, args.num_train_epochs)
-            lines = [f"record {_record_of(records, *key)}: {os.path.join(folder, key[0])}: {reason}"
+            lines = [f"{record_name(_record_of(records, *key))}: {os.path.join(folder, key[0])}: {reason}"
                      for key, reason in itertools.islice(bad.items(), 5)]  # fmt: skip
             files = len({path for path, _ in bad})
             found = f"--{flag}: {files:,} of {len(uses):,} files cannot be used ({bad_uses:,} of {total:,} places)"

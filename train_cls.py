@@ -376,6 +376,7 @@ def normalize_record(
         ValueError: names the record, what was found, what was expected and the mend.
     """
     if isinstance(record, dict):
+        mv.check_fields(record, ("prompt", "conversations", "messages"), ("label", "labels"), where=where)
         turns = [record.get(key) for key in ("prompt", "conversations", "messages")]
         if sum(bool(value) for value in turns) > 1:
             raise ValueError(f"{where}: more than one of 'prompt', 'conversations' and 'messages': keep one of them")
@@ -547,7 +548,7 @@ def check_labels(records: Dataset, names: list[str], source: str):
         for name in set(labels) - set(names):
             unknown.setdefault(name, []).append(i)
     if unknown:
-        lines = [f"{name!r} in record {some(places, lambda i: records[i]['id'])}"
+        lines = [f"{name!r} in {mv.record_name(some(places, lambda i: records[i]['id']))}"
                  for name, places in list(unknown.items())[: mv.MAX_COMPLAINTS]]  # fmt: skip
         raise mv.InputError(f"{source}: unknown labels; known are {some(names, repr)}\n  • " + "\n  • ".join(lines))
 
@@ -570,7 +571,7 @@ def check_targets(records: Dataset, names: list[str], source: str):
     """Every record must have a number for each of `names`."""
     wrong = [i for i, target in enumerate(records["target"]) if len(target) != len(names)]
     if wrong:
-        lines = [f"record {records[i]['id']}: {len(records[i]['target'])}" for i in wrong[:5]]
+        lines = [f"{mv.record_name(records[i]['id'])}: {len(records[i]['target'])}" for i in wrong[:5]]
         raise mv.InputError(f"{source}: expected {len(names)} targets ({some(names)}) in every record, {len(wrong)} "
                             "have another number:\n  • " + "\n  • ".join(lines))  # fmt: skip
 

@@ -212,6 +212,7 @@ def normalize_record(record: dict, where: str) -> dict:
     if not isinstance(record, dict):
         return mv.normalize_conversation(record, where)  # which refuses it
     try:
+        mv.check_fields(record, ("chosen",), ("rejected",))
         answers = [_answer(record, name) for name in ("chosen", "rejected")]
         prompts = [name for name in ("prompt", "messages", "conversations") if record.get(name) is not None]
         if len(prompts) > 1:
@@ -220,6 +221,7 @@ def normalize_record(record: dict, where: str) -> dict:
         if all(_role(answer[0]) != "assistant" for answer in answers):
             answers, prompt = _split(answers, prompt)
         elif prompt is None:
+            mv.check_fields(record, ("prompt", "messages", "conversations"))
             raise ValueError("field 'prompt' is missing: give it, or begin 'chosen' and 'rejected' with its turns")
         prompt = prompt if isinstance(prompt, (list, tuple)) else [{"role": "user", "content": prompt}]
         completions = [_completion(answer, name) for answer, name in zip(answers, ("chosen", "rejected"))]
@@ -346,10 +348,10 @@ def comparable(reference, indices: list[int], samples: list[dict]) -> list[dict]
     for k, (i, sample) in enumerate(zip(indices, samples)):
         if isinstance(reference, dict) and "input_ids" in sample and int(reference["crc32"][i]) != checksum(sample):
             if not sample["bad"]:
-                raise mv.InputError(f"record {sample['id']}: its tokens, positions or frames differ from those that "
-                                    "the reference log-probabilities were computed from: a video or image file has "
-                                    "changed since, or the code that encodes it; delete the ref_log_probs-* file "
-                                    "to compute them again")  # fmt: skip
+                raise mv.InputError(f"{mv.record_name(sample['id'])}: its tokens, positions or frames differ from "
+                                    "those that the reference log-probabilities were computed from: a video or "
+                                    "image file has changed since, or the code that encodes it; delete the "
+                                    "ref_log_probs-* file to compute them again")  # fmt: skip
             samples[k] = {key: value for key, value in sample.items() if key != "input_ids"}  # left out and counted
     return samples
 

@@ -209,6 +209,9 @@ def reference_beside(fields: dict, where: str) -> str | None:
         if not str(value).strip():
             raise ValueError(f"{where}: field {key!r}: the reference answer is empty: write it or drop the record")
         return str(value)
+    plurals = [f"{key}s" for key in REFERENCES]  # columns of their own
+    others = {key: value for key, value in fields.items() if key not in plurals}
+    mv.check_fields(others, REFERENCES, where=where)
     return None
 
 
@@ -225,6 +228,7 @@ def normalize_record(record: dict, where: str) -> dict:
     fields = record if isinstance(record, dict) else {}
     columns = {key: value for key, value in fields.items() if key not in READ}
     prompt, reference, left_out = fields.get("prompt"), reference_beside(fields, where), []
+    mv.check_fields(fields, ("prompt", "conversations", "messages"), where=where)
     if prompt is not None:
         if both := [key for key in ("conversations", "messages") if fields.get(key) is not None]:
             raise ValueError(f"{where}: fields 'prompt' and {both[0]!r} are both there: keep one of them")
@@ -634,21 +638,21 @@ def score(functions: dict, groups: list[dict], columns: list[str]) -> torch.Tens
                 except Exception as again:
                     culprits, failure = [group], again
                     break
-            ids = " or ".join(group["record"]["id"] for group in culprits)
-            raise mv.InputError(f"reward function {name} failed on record {ids}: {_told(failure)}"
+            ids = " or ".join(mv.record_name(group["record"]["id"]) for group in culprits)
+            raise mv.InputError(f"reward function {name} failed on {ids}: {_told(failure)}"
                                 f"{_given_form(reward, culprits[0], failure)}") from error  # fmt: skip
         values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
         ids = ", ".join(group["record"]["id"] for group in groups[:8])
         if not isinstance(values, (list, tuple)) or len(values) != rewards[..., f].numel():
             got = f"{len(values)} rewards" if isinstance(values, (list, tuple)) else repr(values)[:80]
             raise mv.InputError(f"reward function {name} gave {got} for {rewards[..., f].numel()} completions of "
-                                f"record {ids}: expected a list with one number or None for each")  # fmt: skip
+                                f"{mv.record_name(ids)}: expected a list, one number or None for each")  # fmt: skip
         for i, value in enumerate(values):
             group, g = groups[i // shape[1]], i % shape[1]
             if value is not None and not (isinstance(value, (int, float, np.number, torch.Tensor))
                                           and math.isfinite(value)):  # fmt: skip
                 raise mv.InputError(
-                    f"reward function {name} gave {value!r} for record {group['record']['id']}, its "
+                    f"reward function {name} gave {value!r} for {mv.record_name(group['record']['id'])}, its "
                     f"completion {group['texts'][g]!r:.200}: expected a finite number or None"
                 )
             rewards[i // shape[1], g, f] = math.nan if value is None else float(value)

@@ -13,6 +13,9 @@ import transformers
 import upstream_commands
 
 import multivideo as mv
+import train_cls
+import train_dpo
+import train_grpo
 import train_sft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,6 +276,14 @@ BAD = {
     "--xyzzy -1": "--xyzzy: no such flag; --help lists all",
     "-fps 2": r"-fps: no such flag; did you mean --fps\?",
     "--no_bf16": r"--no_bf16: no such flag; did you mean .*bf16\?",
+    "--load_in_4bit True": r"--load_in_4bit: no such flag; did you mean --bits 4\?",
+    "--load-in-8bit": r"--load-in-8bit: no such flag; did you mean --bits 8\?",
+    "--video_fps 1": r"--video_fps: no such flag; did you mean --fps\?",
+    "--per_gpu_batch=2": r"--per_gpu_batch: no such flag; did you mean --per_device_train_batch_size\?",
+    "--lr 1e-5": r"--lr: no such flag; did you mean --learning_rate\?",
+    "--Epochs 3": r"--Epochs: no such flag; did you mean --num_train_epochs\?",
+    "--cutoff_len 9": r"--cutoff_len: no such flag; did you mean --max_seq_length\?",
+    "--kl_coef 0.1": r"--kl_coef: no such flag; .*",  # --beta is none of this trainer's
     "--deepspeed scripts/zero3.json": "--deepspeed: say it to the launcher: accelerate launch --config_file .*",
     "--use-liger True": "--use-liger: drop it: only supervised positions reach the output head",
     "--disable_flash_attn2=False": "--disable_flash_attn2: use --attn_implementation sdpa",
@@ -302,6 +313,16 @@ def test_all_problems_are_said_at_once(problems):
     assert not extra
     assert len(said) == len(wanted) + 1
     assert len(said) > 50
+
+
+def test_other_projects_names_lead_to_real_flags():
+    """Every name on the right side is a flag of a trainer, and none on the left."""
+    own = (train_cls.ClassificationArguments, train_dpo.DPOArguments, train_grpo.GRPOArguments)
+    flags = set().union(FIELDS, *({field.name for field in dataclasses.fields(arguments)} for arguments in own))
+    meant = [flag for answer in mv.RENAMED_FLAGS.values() for flag in re.findall(r"--(\w+)", answer)]
+    assert meant and set(meant) <= flags
+    assert not flags & {*mv.RENAMED_FLAGS, *mv.REPLACED_FLAGS}
+    assert not {*mv.RENAMED_FLAGS} & {*mv.REPLACED_FLAGS}
 
 
 def test_files_that_are_no_records(problems, tmp_path):

@@ -343,6 +343,24 @@ def test_blank_each(data, model, tmp_path, monkeypatch, capsys):
     assert rows[5]["logp"] == pytest.approx(logp(), abs=1e-4)
     assert rows[5]["falls"] == pytest.approx([logp() - logp(k) for k in range(3)], abs=1e-4)
     assert max(map(abs, rows[5]["falls"])) > 0.1
+    for row in rows:  # the prompt's own tokens, not the reference's
+        encoded = mv.Encoder(model, args)({**normal_of(data, row["index"]), "completions": []}, str(data))
+        assert row["prompt_tokens"] == encoded["num_tokens"]
+
+
+def normal_of(data, index):
+    record = json.loads((data / "data.json").read_text())[index]
+    return predict.normalize_record(record, record["id"])
+
+
+def test_falls_of_records_of_different_lengths(tmp_path):
+    """Each record's falls add up to 1 nat and are alike: every place has 1, whatever share of the records has it."""
+    rows = [{"id": str(n), "files": ["a.mp4"] * n, "falls": [1 / n] * n} for n in (1, 2, 30, 30)]
+    table = predict.draw_falls(rows, tmp_path / "a.png")
+    assert [row["mean_share"] for row in table] == pytest.approx([1] * 30)
+    assert [row["records"] for row in table] == [4, 3] + [2] * 28
+    assert table[0]["mean_fall"] > 10 * table[29]["mean_fall"]  # nats fall with the place by construction
+    assert predict.fall_shares([{"falls": [-3.0, 1.0]}, {"falls": [0.0, 0.0]}]) == [[-1.5, 0.5], [0, 0]]
 
 
 def test_classifier(data, tmp_path, monkeypatch):

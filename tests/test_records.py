@@ -13,6 +13,9 @@ import datasets
 import pytest
 
 import multivideo as mv
+import train_cls
+import train_dpo
+import train_grpo
 import train_sft
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -455,10 +458,10 @@ BAD_RECORDS = {
     "no object": ("Why?", r"a record must be an object with named fields, got str 'Why\?'"),
     "list": ([llava()], "a record must be an object with named fields, got list"),
     "null": (None, "a record must be an object with named fields, got NoneType"),
-    "no turns": ({"video": "a.mp4", "text": "Why?"}, "expected either 'conversations' or 'messages', got only the "
-                 "fields video, text: keep exactly one"),
-    "both": ({**llava(), **trl()}, "got conversations and messages: keep exactly one of them"),
-    "nothing": ({}, r"got only the fields \(none\)"),
+    "no turns": ({"video": "a.mp4", "text": "Why?"}, r"no 'conversations' or 'messages' \(its fields: video, text\): "
+                 "add one of them, with the turns"),
+    "both": ({**llava(), **trl()}, "'conversations' and 'messages' are both there: keep exactly one of them"),
+    "nothing": ({}, r"its fields: \(none\)"),
     "turns are text": ({"conversations": "Why?"}, "field 'conversations': expected a list of turns, got str 'Why"),
     "turns are columns": ({"messages": {"role": ["user"]}}, "field 'messages': expected a list of turns, got dict"),
     "no turn": ({"messages": []}, "field 'messages': expected a list of turns, got list"),
@@ -520,8 +523,13 @@ BAD_RECORDS = {
     "frames twice": (trl([{"type": "video", "video": ["1.png"]}, CONTENT], videos=["a.mp4"]), "keep one of them"),
     # media
     "both fields": (llava(video="a.mp4", videos=["b.mp4"]), "fields 'video' and 'videos' are both there: keep one"),
-    "misspelt": (llava(vidoe="a.mp4"), "field 'vidoe' is not one that is read: name it 'video' or 'image', or "
-                 "drop it"),
+    "misspelt": (llava(vidoe="a.mp4"), r"field 'vidoe' is not one that is read: did you mean 'video'\? Rename it, or "
+                 "drop it if it is something else"),
+    "misspelt with a tag": (llava("<video>?", vidoes=["a.mp4"]), "field 'vidoes' is not .* did you mean 'videos'"),
+    "misspelt beside the other": (llava("?", image="a.png", vedio="a.mp4"), "'vedio' is .* did you mean 'video'"),
+    "misspelt image": (llava("?", video="a.mp4", imgae="a.png"), "field 'imgae' is .* did you mean 'image'"),
+    "misspelt turns": ({"conversatons": llava()["conversations"]}, "'conversatons' .* did you mean 'conversations'"),
+    "numbered": (llava(video_1="a.mp4", video_2="b.mp4"), "field 'video_1' is not one that is read: name it 'video'"),
     "upstream of upstream": (llava(video_path=["a.mp4"]), "field 'video_path' is not one that is read"),
     "capital": (llava(Video="a.mp4"), "field 'Video' is not one that is read"),
     "empty path": (llava(video=""), "video: expected a file path, got str ''; where there is none, leave it out"),
@@ -598,6 +606,61 @@ def test_bad_record(name):
     assert str(caught.value).startswith("line 7 (id 'x'): ")
 
 
+MISSPELT = {
+    "video": "vidoe vedio Video VIDEO vidio viedo vide", "videos": "vidoes Videos vedios", "image": "imgae imge Image",
+    "images": "imags Images imgaes", "chosen": "choosen Chosen chosn", "rejected": "rejcted rejeted Rejected rejectd",
+    "label": "lable Label labl lebel", "labels": "lables Labels", "prompt": "promt Prompt prompts propmt",
+    "conversations": "conversatons conversation Conversations coversations convesation converstaions",
+    "messages": "mesages message Messages massages", "solution": "soluton Solution sloution solutoin",
+    "answer": "anwser Answer answr", "ground_truth": "groundtruth ground-truth Ground_Truth ground_thruth",
+    "reference": "refrence referance Reference",
+}  # fmt: skip
+HARMLESS = """
+    video_id image_id videoid imageid label_name label_id labeler labelled video_length video_2 num_videos title
+    video_title video_url_id audio radio level table stage usage imagery id_2 question question_id answer_type
+    answer_a answer_2 answers solutions references ground_truths reference_id resolution preference inference
+    deference prompt_id prompt_length message_id conversation_id conv_id turns history source dataset task score
+    chosen_score rejected_by chosen_model rejected_score index idx tags text caption options choices choice solver
+    category split meta metadata width height fps duration start end system tools model created_at lang
+"""
+
+
+def test_misspelt_names_are_near_and_harmless_ones_are_not():
+    for name, misspelt in MISSPELT.items():
+        for key in misspelt.split():
+            with pytest.raises(ValueError, match=f"here: field {key!r} is not one .* did you mean {name!r}"):
+                mv.check_fields({"id": "1", key: "x"}, (name,), where="here")
+            mv.check_fields({"id": "1", key: "x", name: "y"}, (name,))  # what is needed is there
+            mv.check_fields({"id": "1", key: None}, (name,))
+    names = [*MISSPELT]
+    for key in HARMLESS.split():
+        if key[:-1] not in ("answer", "solution", "reference", "ground_truth"):  # plurals are train_grpo's to pass
+            mv.check_fields({"id": "1", key: "x"}, *zip(names))
+        mv.normalize_conversation({**llava("<video>?", video="a.mp4"), key: "x"}, "here")
+        train_grpo.normalize_record({"prompt": "?", "video": "a.mp4", key: "x"}, "here")
+        train_dpo.normalize_record({"prompt": "?", "video": "a.mp4", "chosen": "a", "rejected": "b", key: "x"}, "here")
+        train_cls.normalize_record({"prompt": "?", "video": "a.mp4", "label": "a", key: "x"}, "here")
+    mv.normalize_conversation(llava(Images=0, Video=3), "here")  # how many
+
+
+@pytest.mark.parametrize(
+    ("normalize", "record", "message"),
+    [
+        (train_dpo.normalize_record, {"prompt": "?", "choosen": "a", "rejected": "b"}, "'choosen' .* 'chosen'"),
+        (train_dpo.normalize_record, {"prompt": "?", "chosen": "a", "rejcted": "b"}, "'rejcted' .* 'rejected'"),
+        (train_dpo.normalize_record, {"promt": "?", "chosen": "a", "rejected": "b"}, "'promt' .* 'prompt'"),
+        (train_cls.normalize_record, {"prompt": "?", "lable": "a"}, "'lable' .* 'label'"),
+        (train_cls.normalize_record, {"Prompt": "?", "label": "a"}, "'Prompt' .* 'prompt'"),
+        (train_grpo.normalize_record, {"promt": "?", "solution": "a"}, "'promt' .* 'prompt'"),
+        (train_grpo.normalize_record, {"prompt": "?", "soluton": "a"}, "'soluton' .* 'solution'"),
+        (train_grpo.normalize_record, {"prompt": "?", "solution": "a", "vidoe": "a.mp4"}, "'vidoe' .* 'video'"),
+    ],
+)  # fmt: skip
+def test_misspelt_fields_of_each_trainer(normalize, record, message):
+    with pytest.raises(ValueError, match=f"^line 3: field {message}"):
+        normalize(record, "line 3")
+
+
 def test_bad_records_are_collected_with_their_places(tmp_path):
     """All of a file's bad records in one ValueError that names file, place, id: no error of the datasets library."""
     records = [llava(id=5), llava(3, id=6), llava("<video>", id="seven"), llava(video="http://x"), {"id": 9}]
@@ -609,7 +672,7 @@ def test_bad_records_are_collected_with_their_places(tmp_path):
         title, *complaints = str(caught.value).split("\n  • ")
         assert title == f"{source}: 4 bad records"
         starts = [" (id 6): turn 0: 'value' must be text", " (id 'seven'): 1 <video> tags for 0", ": video 'http",
-                  " (id 9): expected either"]  # fmt: skip
+                  " (id 9): no 'conversations'"]  # fmt: skip
         for i, (complaint, start) in enumerate(zip(complaints, starts, strict=True), 1 + shift):
             assert complaint.startswith(place.format(i) + start)
 
@@ -619,13 +682,32 @@ def test_the_id_is_named_in_what_the_trainer_finds(tmp_path):
         load(write(tmp_path / "e.json", [llava("?", "", id="e")]))
 
 
-def test_no_more_than_twenty_bad_records_are_read(tmp_path):
-    path = write(tmp_path / "bad.jsonl", [llava(i) for i in range(30)])
-    with pytest.raises(ValueError, match=r"20 bad records \(the first ones\)") as caught:
+def test_no_more_than_twenty_problems_are_listed(tmp_path):
+    path = write(tmp_path / "bad.jsonl", [*(llava(i) for i in range(30)), llava(0), llava()])
+    with pytest.raises(ValueError, match=r"31 bad records\n") as caught:
         load(path)
-    assert str(caught.value).count("\n  • ") == 20
-    assert "line 20: " in str(caught.value)
-    assert "line 21: " not in str(caught.value)
+    _, *lines = str(caught.value).split("\n  • ")
+    assert len(lines) == 21 and lines[20] == "… and 10 more with other problems"
+    assert "got int 0: put numbers in quotes: 2 records, line 1, line 31" in lines[0] and "line 20: " in lines[19]
+
+
+def test_the_same_problem_is_one_line_with_a_true_count(tmp_path):
+    records = [*[llava("<video>", id=i) for i in "ab"], *[llava("<video>")] * 1500, llava(), llava(3, id="z")]
+    with pytest.raises(ValueError) as caught:
+        load(write(tmp_path / "bad.json", records))
+    title, *lines = str(caught.value).split("\n  • ")
+    assert title.endswith("bad.json: 1,503 bad records")
+    assert lines[0].startswith("1 <video> tags for 0 videos: ")
+    assert lines[0].endswith(": 1,502 records, first record 0 (id 'a'), record 1 (id 'b'), record 2")
+    assert lines[1:] == ["record 1503 (id 'z'): turn 0: 'value' must be text, got int 3: put numbers in quotes"]
+
+
+def test_a_record_without_an_id_is_not_called_a_record_twice(tmp_path):
+    """Its id is "record 3" or "line 3"; an id of the user's own stands behind the word."""
+    names = {"record 3": "record 3", "line 3": "line 3", "record_3": "record_3", "7": "record 7"}
+    for name, shown in names.items():
+        assert mv.record_name(name) == shown
+        assert str(mv.BadVideo(name, "a.mp4", "gone")).startswith(f"{shown}: a.mp4: gone")
 
 
 GOOD = json.dumps(llava())
@@ -633,18 +715,42 @@ BAD_FILES = {
     "empty.json": ("", "no records in it; expected at least one"),
     "empty.jsonl": ("\n \n", "no records in it"),
     "empty_list.json": ("[]", "no records in it"),
-    "cut.json": (f"[{GOOD}, {GOOD[:-9]}", r"1 bad record\n  • record 1: not valid JSON \(.*EOF.*\): nothing after it"),
-    "comma.json": (f"[{GOOD},]", r"record 1: not valid JSON \(.*unallowed token"),
-    "comment.json": (f'[{GOOD[:-1]}, "video": ["a.mp4", "..."  // up to 30+ videos\n]}}]', r"record 0: not valid JSON "
-                     r"\(.*comment.*up to 30\+ videos"),
-    "garbage.json": (f"[{GOOD}] x", "record 1: not valid JSON"),
+    "cut.json": (f"[{GOOD},\n{GOOD[:-9]}", r"1 bad record\n  • record 1, line 2: not valid JSON: it ends too early: "
+                 r"is the file cut off\? Copy or write it again \(nothing after it was read\)"),
+    "cut_letter.json": (f'[{GOOD},\n{{"id": "é'.encode()[:-1], "record 1, line 2: not valid JSON: it ends too early"),
+    "unclosed.json": (f"[{GOOD},\n{GOOD}\n", "record 2, line 3: not valid JSON: it ends too early"),
+    "comma.json": (f"[{GOOD},\n{GOOD},\n\n]", r"record 2, line 4: not valid JSON: a comma before \]: remove it"),
+    "comma_far.json": ("[" + f"{GOOD},\n" * 30_000 + f"{GOOD[:-1]},}}]", "line 30001: not valid JSON: a comma before"),
+    "comma.jsonl": (f"{GOOD}\n{GOOD[:-1]},}}", "line 2: not valid JSON: a comma before }: remove it"),
+    "commas.jsonl": (f"{GOOD},\n" * 9, "a comma after the object: remove it: 9 records, first line 1, line 2, line 3"),
+    "no_comma.json": (f"[{GOOD}\n{GOOD}]", 'line 2: not valid JSON: no comma before {"conversations'),
+    "bracket.json": (f"[{GOOD}}}]", "line 1: not valid JSON: } where it does not fit"),
+    "quotes.json": (f"[\n{GOOD},\n{{'id': 1}}]", 'record 1, line 3: not valid JSON: the quote \' where JSON needs'),
+    "quotes.jsonl": ("{'id': 1}\n" * 5, r"5 bad records\n.* the quote ' .*: 5 records, first line 1, line 2, line 3$"),
+    "curly.json": ("[\n{“id”: 1}]", "line 2: not valid JSON: the quote “ where"),
+    "python.json": (f'[{GOOD[:-1]},\n"x": True}}]', "line 2: not valid JSON: True, which is no JSON value"),
+    "nan.json": (f'[{GOOD[:-1]}, "x": "\\"NaN",\n"y": NaN}}]', "line 2: not valid JSON: NaN, which is no JSON value"),
+    "nan.jsonl": (f'{GOOD}\n{GOOD[:-1]}, "x": -Infinity}}', "line 2: not valid JSON: -Infinity, which is no"),
+    "comment.json": (f'[{GOOD[:-1]}, "video": ["a.mp4", "..."  // up to 30+ videos\n]}}]', r"record 0, line 1: not "
+                     r"valid JSON: a comment \(// up to 30\+ videos\), which JSON does not have: remove it"),
+    "comment_first.json": (f"\n# ours\n[{GOOD}]", r"1 bad record\n  • line 2: not valid JSON: a comment \(# ours\)"),
+    "comment.jsonl": (f"{GOOD} // mine\n{GOOD}", r"1 bad record\n  • line 1: not valid JSON: a comment \(// mine\)"),
+    "backslash.jsonl": (GOOD.replace("Why?", r"C:\videos"), r"line 1: not valid JSON: a single backslash in a text"),
+    "line_break.json": (f"[\n{GOOD}]".replace("Why?", "a\nb"), "line 2: not valid JSON: a line break or tab in"),
+    "name.json": ("[\n{id: 1}]", r"line 2: not valid JSON: a name without quotes \(id: 1}\]\)"),
+    "two.jsonl": (GOOD + GOOD, r"line 1: not valid JSON: more after its end \({.*\): a file is one list"),
+    "garbage.json": (f"[{GOOD}]\nx", r"record 1, line 2: not valid JSON: more after its end \(x\)"),
+    "wide.json": (f"[{GOOD}]".encode("utf-16"), r"line 1: not UTF-8 text \(UTF-16\): save the file as UTF-8 \(iconv"),
+    "wide.jsonl": (GOOD.encode("utf-16-be"), r"line 1: not UTF-8 text \(UTF-16\)"),
+    "archive.json": (b"PK\3\4\0\0", r"line 1: not UTF-8 text \(it has the byte 0x00\): is this a JSON file\?"),
     "one_object.json": (json.dumps(llava(), indent=2), r"1 bad record\n  • line 1: one object over several lines: "
                         r"expected a list \[{…}, …\] of records, or one object per line"),
-    "wrapped.json": (json.dumps({"data": [llava()]}), "line 1: expected either .* got only the fields data"),
-    "bad_lines.jsonl": (f"{GOOD}\n{GOOD[:-9]}\n{GOOD}\nWhy?\n", r"2 bad records\n  • line 2: not valid JSON \(.*\): "
-                        r"expected one object per line\n  • line 4: not valid JSON"),
-    "latin1.jsonl": (json.dumps(llava("é"), ensure_ascii=False).encode("latin-1"), "line 1: not valid JSON .*utf-8"),
-    "latin1.json": (json.dumps([llava("é")], ensure_ascii=False).encode("latin-1"), "record 0: not valid .*UTF-?8"),
+    "wrapped.json": (json.dumps({"data": [llava()]}), r"line 1: no 'conversations' .*\(its fields: data\)"),
+    "bad_lines.jsonl": (f"{GOOD}\n{GOOD[:-9]}\n{GOOD}\nWhy?\n", r"2 bad records\n  • line 2: not valid JSON: it ends "
+                        r"too early.*\n  • line 4: not valid JSON: Expecting value at Why\?"),
+    "latin1.jsonl": (json.dumps(llava("é"), ensure_ascii=False).encode("latin-1"), r"line 1: not UTF-8 \(byte 0xe9\): "
+                     r"save the file as UTF-8 \(from Latin-1: iconv -f latin1 -t utf-8\)"),
+    "latin1.json": (f"[{GOOD},\n{GOOD.replace('Why', 'é')}]".encode("latin-1"), "line 2: not UTF-8 .byte 0xe9"),
     "bytes.parquet": ("garbage", r"bytes.parquet: cannot be read as a dataset: .*[Pp]arquet"),
     "table.csv": ("a,b\n", "table.csv: cannot be read as a dataset: "),
 }  # fmt: skip

@@ -656,6 +656,33 @@ def test_sheet(tiny_model, folder, records):
     assert sheet_of(odd, folder, args, encoder, shown=2).width == 1600
 
 
+@pytest.mark.parametrize(
+    ("objective", "raw", "names"),
+    [
+        ("sft", record("a"), []),
+        ("dpo", {"prompt": "Which?", "chosen": "The first.", "rejected": "None."}, ["chosen", "rejected"]),
+        ("cls", {"prompt": "Which?", "label": "left"}, ["label (the model does not read it): left"]),
+        ("cls", {"prompt": "Which?", "label": [0.5, 2]}, ["target (the model does not read it): 0.5, 2.0"]),
+        ("grpo", {"prompt": "Which?", "solution": 62}, ["reference (the model does not read it): 62"]),
+    ],
+)
+def test_sheet_names_answers_and_what_is_expected(tiny_model, folder, monkeypatch, objective, raw, names):
+    """The two answers of DPO by their names; a label, target or reference below what the model reads."""
+    args = mv.TrainingArguments(model_id=tiny_model, data_path="data.json", nframes=2)
+    args.problem_type = "regression" if isinstance(raw.get("label"), list) else "single_label_classification"
+    args.default_prompt = args.labels = None
+    encoder = mv.Encoder(tiny_model, args)
+    row = preview.normalizer(objective, args)({"video": "good.mp4", **raw}, "record 0")
+    sample = encoder(row, str(folder))
+    clips = preview.read_clips(row, sample, encoder, str(folder), args)
+    drawn = []
+    monkeypatch.setattr(preview, "draw_text", lambda canvas, lines, y: drawn.extend(lines))
+    preview.draw_sheet(row, sample, clips, preview.read_text(sample, clips, encoder), args, 24)
+    shown = ["".join(atom[0] for atom in line) for line in drawn]
+    heads = [i for i, line in enumerate(drawn) if line and line[0][1] == "answer"]
+    assert [shown[i] + (f": {shown[i + 1]}" if "(" in shown[i] else "") for i in heads] == names
+
+
 def test_preview_runs(demo, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     """By index and by id, with a training command's flags; and what it says of records that are not there or bad."""
     flags = ["--model_id", demo / "model", "--data_path", demo / "sft_train.json", "--image_folder", demo / "videos",

@@ -263,7 +263,9 @@ def blanked(engine, samples: list[dict], indices: list[int], encoder, args) -> l
             with engine.autocast():
                 values = mv.token_logps(engine.raw_model(**inputs).logits, targets)
             logps += torch.zeros(len(part), device=values.device).index_add(0, sequences, values).tolist()
-        rows.append({"logp": logps[0], "falls": [logps[0] - logp for logp in logps[1:]]})
+        prompt = int(sample["lengths"][0])  # the sample has the reference behind it
+        falls = [logps[0] - logp for logp in logps[1:]]
+        rows.append({"logp": logps[0], "falls": falls, "prompt_tokens": prompt})
     return rows
 
 
@@ -339,22 +341,38 @@ def class_metrics(rows: list[dict], records, config, source: str) -> dict:
     return told | {"labelled": len(labelled)} | {key.removeprefix("eval_"): value for key, value in result.items()}
 
 
+def fall_shares(rows: list[dict]) -> list[list[float]]:
+    """Each record's falls against its own mean: 1 is what its videos would lose if all mattered alike.
+
+    A long record's answer rests less on each of its videos than a short one's, and only long ones have late places: a
+    mean in nats falls with the place for that reason alone. The divisor is the mean size of a fall, which keeps signs
+    and cannot be near 0 unless all are.
+    """
+    return [(falls / max(np.abs(falls).mean(), 1e-9)).tolist() for falls in (np.array(row["falls"]) for row in rows)]
+
+
 def draw_falls(rows: list[dict], picture: Path) -> list[dict]:
     """The table of --blank_each, one row per place in the sample (per file for one record), and its bars as a PNG."""
-    table = []
+    table, shares = [], fall_shares(rows)
     for k in range(max(len(row["falls"]) for row in rows)):
         falls = [row["falls"][k] for row in rows if len(row["falls"]) > k]
+        share = np.mean([values[k] for values in shares if len(values) > k])
         first = sum(int(np.argmax(row["falls"])) == k for row in rows if len(row["falls"]) > k)
         name = Path(rows[0]["files"][k]).name if len(rows) == 1 else str(k + 1)
-        table.append({"video": name, "mean_fall": float(np.mean(falls)), "records": len(falls), "largest_in": first})
+        table.append({"video": name, "mean_fall": float(np.mean(falls)), "mean_share": float(share),
+                      "records": len(falls), "largest_in": first})  # fmt: skip
+    mixed = len({len(row["falls"]) for row in rows}) > 1  # nats of other places are of other records
     figure, axes = plt.subplots(figsize=(max(5, 0.32 * len(table) + 2), 4), layout="constrained")
-    axes.bar(range(len(table)), [row["mean_fall"] for row in table], color="#2a78d6")
+    axes.bar(range(len(table)), [row["mean_share" if mixed else "mean_fall"] for row in table], color="#2a78d6")
     names, rotation = [row["video"] for row in table], 90 if len(rows) == 1 else 0
+    if mixed:
+        names = [f"{row['video']}\nn={row['records']}" for row in table]
+        axes.axhline(1, color="#888", linewidth=0.8, linestyle="dotted")
     axes.set_xticks(range(len(table)), names, rotation=rotation, fontsize=8)
     axes.axhline(0, color="#888", linewidth=0.8)
     axes.set_xlabel("video" if len(rows) == 1 else "place of the video in the sample")
-    axes.set_ylabel("fall of log p(reference), nats")
-    whose = f"record {rows[0]['id']}" if len(rows) == 1 else f"mean of {len(rows)} records"
+    axes.set_ylabel("fall / mean |fall| of its record" if mixed else "fall of log p(reference), nats")
+    whose = mv.record_name(rows[0]["id"]) if len(rows) == 1 else f"mean of {len(rows)} records"
     axes.set_title(f"What the answer loses when one video is blanked ({whose})", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=130)
@@ -506,10 +524,10 @@ def main():
             if not good:
                 raise mv.InputError(f"{output}: no record has a video that could be blanked")
             table = draw_falls(good, picture)
-            print(f"{'video':>24} {'mean fall, nats':>16} {'largest in':>11} {'records':>8}")
+            print(f"{'video':>24} {'mean fall, nats':>16} {'/ own mean':>11} {'largest in':>11} {'records':>8}")
             for row in table:
-                name, fall = row["video"][-24:], row["mean_fall"]
-                print(f"{name:>24} {fall:>16.4f} {row['largest_in']:>11} {row['records']:>8}")
+                name, fall, share = row["video"][-24:], row["mean_fall"], row["mean_share"]
+                print(f"{name:>24} {fall:>16.4f} {share:>11.3f} {row['largest_in']:>11} {row['records']:>8}")
             print(f"picture: {picture}")
         else:
             metrics = class_metrics(rows, records, config, args.data_path) if config else metrics_of(rows)

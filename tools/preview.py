@@ -116,6 +116,17 @@ def kind_of(clip: dict) -> str:
     return "image" if clip["part"]["type"] == "image" else "video"
 
 
+def read_expected(row: dict) -> list[tuple[str, str, bool]]:
+    """What a record has beside its turns, as pieces: a classifier's label or target, the reference of GRPO."""
+    pieces = []
+    for name in ("label", "target", "reference"):
+        value = row.get(name)
+        if value not in (None, []):
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            pieces += [(f"{name} (the model does not read it)", "answer", False), (text, "text", False)]
+    return pieces
+
+
 def read_text(sample: dict, clips: list[dict], encoder) -> list[tuple[str, str, bool]]:
     """The tokens as pieces `(text, kind, is it learned)`; kinds: text, control, clip, answer (a new sequence)."""
     ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
@@ -126,7 +137,7 @@ def read_text(sample: dict, clips: list[dict], encoder) -> list[tuple[str, str, 
     pieces, start = [], 0
     for number, length in enumerate(sample["lengths"].tolist()):
         if number:
-            pieces.append((f"answer {number}", "answer", False))
+            pieces.append((("chosen", "rejected")[number - 1], "answer", False))  # of train_dpo.py
         span = range(start, start + length)
         for (kind, learned), run in itertools.groupby(span, lambda i: (kinds[i], labels[i] != -100)):
             run = list(run)
@@ -409,6 +420,7 @@ def draw_text(canvas: Canvas, lines: list[list[tuple]], y: int):
 
 def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], args, shown: int) -> Image.Image:
     """The whole picture: what the sample is, its clips, its text."""
+    pieces = [*pieces, *read_expected(row)]
     names = [str(row["id"]), args.data_path, args.model_id, *(clip["name"] for clip in clips)]
     fonts = find_fonts("↵…" + "".join([*names, *(piece[0] for piece in pieces)]))
     ruler = Canvas(fonts)
@@ -418,7 +430,7 @@ def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], 
     canvas = Canvas(fonts, (WIDTH, head + clips_height + between + LINE * len(lines) + 90))
     visual = sum(clip["tokens"] for clip in clips)
     learned = int((sample["labels"] != -100).sum())
-    canvas.text(MARGIN, 62, fitted(canvas, f"record {row['id']}", BOLD, 30, WIDTH - 2 * MARGIN), BOLD, 30)
+    canvas.text(MARGIN, 62, fitted(canvas, mv.record_name(row["id"]), BOLD, 30, WIDTH - 2 * MARGIN), BOLD, 30)
     facts = [f"{sample['num_tokens']:,} tokens = {visual:,} visual + {sample['num_tokens'] - visual:,} of text"]
     facts += [f"{learned:,} learned", many(sample["num_videos"], "video"), many(sample["num_images"], "image")]
     facts += [f"made smaller by --max_video_tokens {args.max_video_tokens:,}"] if sample["shrunk"] else []
@@ -462,11 +474,11 @@ def main():
     if "input_ids" not in sample:
         why = "; ".join(f"{file}: {reason}" for file, reason in sample["bad"])
         why = why or f"{sample['num_tokens']} tokens, --max_seq_length is {args.max_seq_length}"
-        raise mv.InputError(f"record {row['id']} is left out of training: {why}")
+        raise mv.InputError(f"{mv.record_name(row['id'])} is left out of training: {why}")
     clips = read_clips(row, sample, encoder, args.image_folder, args)
     sheet = draw_sheet(row, sample, clips, read_text(sample, clips, encoder), args, own.shown_frames)
     sheet.save(own.output)
-    print(f"{own.output}: record {row['id']}, {sample['num_tokens']} tokens, "
+    print(f"{own.output}: {mv.record_name(row['id'])}, {sample['num_tokens']} tokens, "
           f"{int((sample['labels'] != -100).sum())} learned; {sheet.width}×{sheet.height} pixels")  # fmt: skip
 
 
