@@ -116,3 +116,18 @@ def test_documented_lines(tiny_model, prompts, clips, tmp_path):  # noqa: F811
         plain = model(**inputs).logits[0, -1]
         handed = model(**inputs, position_ids=mv.qwen_position_ids(inputs, model.config)).logits[0, -1]
     assert (plain - handed).abs().max() > 1e-3
+
+
+def test_a_run_warns_once_of_a_sample_beyond_the_models_positions(tiny_model, prompts, clips, tmp_path, capsys):  # noqa: F811
+    """And names its record."""
+    args = arguments(tiny_model, output_dir=str(tmp_path), dataloader_num_workers=0)
+    encoder = mv.Encoder(tiny_model, args)
+    rows = [{**prompts[2], "id": name} for name in ("first", "second")]
+    last = int(encoder(rows[0], clips)["position_ids"].max())
+    for most, warned in ((last + 1, 0), (last, 1)):
+        encoder.max_positions = most
+        for samples in mv.SampleStream(encoder, args).batches(rows, [[0], [1]], clips):
+            assert len(samples) == 1
+        said = capsys.readouterr().err
+        assert said.count(f"record first ends at position {last}, and the model was made for {most}") == warned
+        assert "second" not in said
