@@ -1636,7 +1636,7 @@ class VideoCache:
                         if top.startswith("frames-v")
                         else f"find {here} -regextype egrep -regex '{ours}' -not -path '*/frames-v*' -delete"
                     )
-        many = f"{size / 1e9:.3g} GB of another version's frames, which are not read; to delete them: "
+        many = f"{size / 1e6:,.1f} MB of another version's frames, which are not read; to delete them: "
         return many + "; ".join(sorted(commands)) if commands else None
 
     def identity(self, path: str) -> str:

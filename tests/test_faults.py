@@ -726,7 +726,7 @@ def test_frames_of_another_version_are_not_read(clips, tiny_model, tmp_path, mon
     (folder / "README").write_text("not ours")
     size = sum(file.stat().st_size for file in (folder / "frames-v1").rglob("*") if file.is_file())
     told = mv.VideoCache.describe_other_versions(str(folder))
-    assert told.startswith(f"{2 * size / 1e9:.3g} GB of another version's frames") and size > 30000
+    assert told.startswith(f"{2 * size / 1e6:,.1f} MB of another version's frames") and size > 30000
     subprocess.run(told.split(": ", 1)[1], shell=True, check=True)
     assert {file.parts[len(folder.parts)] for file in folder.rglob("*") if file.is_file()} == {"README", "frames-v2"}
     assert mv.VideoCache.describe_other_versions(str(folder)) is None
