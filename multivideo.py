@@ -282,11 +282,13 @@ REPLACED_FLAGS = {
     **dict.fromkeys(["deepspeed", "fsdp", "fsdp_config"], "say it to the launcher: accelerate launch --config_file "
                     "accelerate_configs/… train_sft.py"),
     **dict.fromkeys(["local_rank", "local-rank"], "start with accelerate launch, which needs no rank flag"),
-    **dict.fromkeys(["use_liger", "use_liger_kernel"], "drop it: only supervised positions reach the output head"),
+    **dict.fromkeys(["use_liger", "use_liger_kernel", "use_liger_loss", "liger_kernel_config"],
+                    "drop it: only supervised positions reach the output head"),
     **dict.fromkeys(["disable_flash_attn2", "disable_flash_attention"], "use --attn_implementation sdpa"),
     "image_max_pixles": "spelled --image_max_pixels", "video_max_pixles": "spelled --video_max_pixels",
     **dict.fromkeys(["lazy_preprocess", "remove_unused_columns", "do_train", "group_by_length",
-                     "dataloader_pin_memory", "ddp_find_unused_parameters"], "drop it: nothing here needs it"),
+                     "dataloader_pin_memory", "ddp_find_unused_parameters", "average_tokens_across_devices",
+                     "torch_empty_cache_steps", "use_cache"], "drop it: nothing here needs it"),
     "do_eval": "drop it: --eval_path switches evaluation on",
     "eval_accumulation_steps": "drop it: evaluation keeps sums, not logits",
     "eval_delay": "drop it: use --eval_strategy steps with --eval_steps",
@@ -296,8 +298,6 @@ REPLACED_FLAGS = {
     "overwrite_output_dir": "choose another --output_dir, or --resume_from_checkpoint auto",
     "video_decoder": "drop it: every video is decoded exactly by one decoder, PyAV",
     "lr_scheduler_kwargs": "drop it: the schedules of --lr_scheduler_type take no options",
-    **dict.fromkeys(["use_liger_loss", "liger_kernel_config"], "drop it: only supervised positions reach the output "
-                    "head"),
     **dict.fromkeys(["activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"],
                     "use --gradient_checkpointing True, which is not reentrant and has no options"),
     **dict.fromkeys(["bf16_full_eval", "fp16_full_eval"], "drop it: evaluation has the precision of the training"),
@@ -332,8 +332,6 @@ REPLACED_FLAGS = {
                     "set it in the tracker's own environment variables; --run_name names the run"),
     **dict.fromkeys(["train_sampling_strategy", "length_column_name"], "drop it: nothing is padded, so that grouping "
                     "records by length would win nothing"),
-    **dict.fromkeys(["average_tokens_across_devices", "torch_empty_cache_steps", "use_cache"],
-                    "drop it: nothing here needs it"),
     "enable_reasoning": "drop it: the chat templates of these models have no place for reasoning; write it into the "
     "answer's text, as in <think>…</think>",
 }  # fmt: skip
@@ -2052,26 +2050,32 @@ class Encoder:
             ValueError: a file cannot be used, or the sample does not fit --max_video_tokens.
         """
         parts = [part for message in record["messages"] for part in message["content"] if part["type"] != "text"]
-        shapes, seconds = [], []
+        shapes, seconds = [], []  # the latter of whole clips
         for part in parts:
             if part["type"] == "video":
                 info = self.cache and self.cache.info(self.cache.identity(resolve_path(part["files"][0], folder)))
                 if not info:
                     return None
-                rate = sample_frames(part, info.num_frames, info.fps, self.args)[1]
+                indices, rate = sample_frames(part, info.num_frames, info.fps, self.args)
+                size = target_size(part, info.height, info.width, len(indices), self.args, self.factor)
+                shapes.append((len(indices), *size))
             else:
+                shapes.append(clip_shape(part, folder, self.args, self.factor))
                 rate = part["fps"] or self.args.fps
-            shapes.append(clip_shape(part, folder, self.args, self.factor, self.cache))
-            seconds.append(shapes[-1][0] / rate)  # of the whole clip
-        budget = self.args.max_video_tokens
-        last = -1
-        for (frames, height, width), whole in zip(
-            fit_video_tokens(shapes, budget, self.factor) if budget else shapes, seconds
-        ):
-            grid = math.ceil(frames / FRAME_FACTOR), height // self.patch_size, width // self.patch_size
-            last += int(clip_positions(grid, whole * FRAME_FACTOR / frames, self.config).max()) + 1
+            seconds.append(shapes[-1][0] / rate)
+        if budget := self.args.max_video_tokens:
+            shapes = fit_video_tokens(shapes, budget, self.factor)
+        taken = sum(self.positions_taken(shape, FRAME_FACTOR * whole / shape[0])
+                    for shape, whole in zip(shapes, seconds))  # fmt: skip
         (input_ids, _), *suffixes = self.tokenize(record["messages"], record.get("completions"))
-        return last + len(input_ids) - len(parts) + max((len(suffix) for suffix, _ in suffixes), default=0)
+        text = len(input_ids) - len(parts) + max((len(suffix) for suffix, _ in suffixes), default=0)
+        return taken + text - 1
+
+    def positions_taken(self, shape: tuple[int, int, int], seconds: float) -> int:
+        """How many positions a clip takes: its (frames, height, width), and the seconds of one temporal patch."""
+        frames, height, width = shape
+        grid = math.ceil(frames / FRAME_FACTOR), height // self.patch_size, width // self.patch_size
+        return int(clip_positions(grid, seconds, self.config).max()) + 1
 
     @property
     def patch_dim(self) -> int:
@@ -2079,10 +2083,9 @@ class Encoder:
         return 3 * FRAME_FACTOR * self.patch_size**2
 
 
-POSITION_RULE = (
-    "text goes on one past the largest of a clip's t, h and w positions"  # what the models were trained with
-)
-OLD_POSITION_RULE = "text goes on at a clip's start + max(h, w)"  # transformers 5.3's, of runs that recorded no rule
+# What the models were trained with; and transformers 5.3's, of runs that recorded no rule.
+POSITION_RULE = "text goes on one past the largest of a clip's t, h and w positions"
+OLD_POSITION_RULE = "text goes on at a clip's start + max(h, w)"
 
 
 def qwen_positions(input_ids, clips: dict, config) -> np.ndarray:
@@ -2785,11 +2788,9 @@ def put_adapter(model, folder: str | Path):
     config, weights = read_adapter(folder)
     config.inference_mode = True
     model = peft.get_peft_model(model, config).eval()
-    wanted = {
-        name: value
-        for name, value in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
-        if ".original_module." not in name and ".modules_to_save." not in name
-    }  # stored again with biases
+    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    again = (".original_module.", ".modules_to_save.")  # stored a second time where biases are trained
+    wanted = {name: value for name, value in wanted.items() if not any(word in name for word in again)}
     wrong = [f"{name} has shape {list(weights[name].shape)} there, {list(wanted[name].shape)} here"
              for name in weights.keys() & wanted.keys() if weights[name].shape != wanted[name].shape]  # fmt: skip
     wrong += [f"{name} is not there" for name in wanted.keys() - weights.keys()]
@@ -4200,9 +4201,14 @@ def stop_unevaluated(accelerator: Accelerator, args: TrainingArguments, records:
              "their records. What was trained is saved: --resume_from_checkpoint auto continues it")  # fmt: skip
 
 
+def finite_values(row: dict) -> dict:
+    """A row of metrics.jsonl with null for each value that is not finite."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
 def finite_result(result: dict) -> dict:
-    """An evaluation's row for metrics.jsonl: null for each value that is not finite, then with `not_finite`."""
-    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+    """The finite_values of an evaluation, with `not_finite` if one of them is not."""
+    row = finite_values(result)
     return row | {"not_finite": True} if None in row.values() else row
 
 

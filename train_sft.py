@@ -235,13 +235,13 @@ def main():
         }
         if bad or overflow:
             row["not_finite"] = "loss" if not loss_finite else "gradient"
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = mv.finite_values(row)
         if is_main:
             mv.append_jsonl(metrics_path, row)
             if bad:
                 mv.append_jsonl(output_dir / "bad_steps.jsonl", mv.bad_step(row, [records[i] for i in window]))
         if trackers and state["step"] % args.logging_steps == 0:
-            accelerator.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, state["step"])
+            accelerator.log(mv.numbers(row), state["step"])
         progress = f"loss {float(step_loss):.4f}" if learning else "nothing to learn"
         bar.set_postfix_str(
             f"{progress}, {counts['samples'] / seconds:.1f} samples/s, "

@@ -359,12 +359,6 @@ class Findings:
             self("INSERT OR IGNORE INTO distinct_clips (spec, kind) VALUES (?, ?)", spec, json.loads(spec)["type"])
             self("INSERT INTO clips SELECT ?, ?, ?, clip FROM distinct_clips WHERE spec = ?", split, number, k, spec)
 
-    def positions(self, shape, seconds: float) -> int:
-        """How many positions a clip takes: (frames, height, width), seconds of a temporal patch."""
-        patches = math.ceil(shape[0] / mv.FRAME_FACTOR)
-        grid = patches, *(side // self.encoder.patch_size for side in shape[1:])
-        return int(mv.clip_positions(grid, seconds, self.encoder.config).max()) + 1
-
     def add_clip(self, clip: int, result: dict, factor: int):
         """The result of read_clip."""
         shape = result.get("shape")
@@ -373,7 +367,7 @@ class Findings:
         if shape:
             self("UPDATE distinct_clips SET frames = ?, height = ?, width = ?, tokens = ?, seconds = ?, positions = ? "
                  "WHERE clip = ?", *shape, mv.visual_tokens(*shape, factor), result["seconds"],
-                 self.positions(shape, result["seconds"]), clip)  # fmt: skip
+                 self.encoder.positions_taken(shape, result["seconds"]), clip)  # fmt: skip
         for code, detail in result["notes"].items():
             self("INSERT INTO notes VALUES (?, ?, ?, ?)", code, result["path"], detail, clip)
 
@@ -408,7 +402,8 @@ class Findings:
             visual = sum(mv.visual_tokens(*shape, factor) for shape in fitted)
             taken = self("SELECT seconds * frames FROM clips JOIN distinct_clips USING (clip) WHERE split = ? AND "
                          "number = ? ORDER BY k", split, number)  # fmt: skip
-            positions = sum(self.positions(shape, total / shape[0]) for shape, (total,) in zip(fitted, taken))
+            positions = sum(self.encoder.positions_taken(shape, total / shape[0])
+                            for shape, (total,) in zip(fitted, taken))  # fmt: skip
             self("UPDATE samples SET visual = ?, positions = ? WHERE split = ? AND number = ?", visual, positions,
                  split, number)  # fmt: skip
             rows = [(split, number, k, *shape) for k, shape in enumerate(fitted)]
