@@ -44,10 +44,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors.numpy
 import torch
@@ -57,21 +58,17 @@ import xxhash
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, fsdp2_prepare_model, gather_object
-from datasets import Dataset, Features, List, Value
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
-from transformers.utils import cached_file
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers import HfArgumentParser
+
+# Slow to import, therefore reached where it is used (transformers loads its modules when a name is first asked for):
+# models and processors, datasets, torch.distributed, peft, scikit-learn. --help takes half of the time then.
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Qwen's reference numbers (qwen_vl_utils 0.0.14): frames per second, frames, tokens.
 FRAME_FACTOR = 2  # frames merged into one temporal patch: frame counts are multiples of it
@@ -272,6 +269,17 @@ class TrainingArguments:
         return "fine-tuning"
 
 
+def flags_between(first: str, last: str) -> set[str]:
+    """Names of the shared flags from `first` to `last`, in the order of TrainingArguments."""
+    names = [flag.name for flag in dataclasses.fields(TrainingArguments)]
+    return set(names[names.index(first) : names.index(last) + 1])
+
+
+# What a record becomes: the flags that tools share with training.
+SAMPLE_FLAGS = {
+    "model_id", "cache_dir", "data_path", "image_folder", "system_prompt", "max_seq_length", "decode_timeout",
+    "video_cache", *flags_between("fps", "max_video_tokens"),
+}  # fmt: skip
 # Flags that mean nothing without --lora_enable, and those that an adapter's own config answers.
 ADAPTER_FLAGS = ["use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "lora_namespan_exclude",
                  "num_lora_modules", "lora_weight_path"]  # fmt: skip
@@ -404,10 +412,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help + " [%(default)s]" if shown else action.help
 
 
-def parse_arguments(arguments_class, argv: list[str] | None = None, unchecked: tuple[str, ...] = ()):
+def parse_arguments(
+    arguments_class, argv: list[str] | None = None, unchecked: tuple[str, ...] = (), used: set[str] | None = None
+):
     """Read the command line into `arguments_class` (a TrainingArguments), reporting every problem at once.
 
-    `unchecked`: flags that are read but may have any value, for tools that do not use them.
+    For tools: `unchecked` flags may have any value; --help shows the `used` ones alone (default: all) and says that
+    the others of a training command change nothing.
 
     Raises:
         SystemExit: 0 with a hint when nothing was typed, 2 with all problems when anything is wrong.
@@ -423,6 +434,11 @@ def parse_arguments(arguments_class, argv: list[str] | None = None, unchecked: t
         arguments_class, allow_abbrev=False, exit_on_error=False, description=inspect.getdoc(sys.modules["__main__"]),
         formatter_class=_HelpFormatter,
     )  # fmt: skip
+    if used is not None:
+        parser.epilog = "The other flags of a training command may be given too; they change nothing here."
+        for action in parser._actions:
+            if action.dest not in {"help", *used}:
+                action.help = argparse.SUPPRESS
     groups = []  # a flag and the words after it
     for word in argv:
         if not groups or re.match(r"--?[A-Za-z][\w-]*(=|$)", word):
@@ -753,12 +769,12 @@ def say(message: str):
 # -------------------------------------------------------------------------------------------------------- 2. records
 
 # The one schema. A part's `files` holds one path (video, image) or several (frames: images that make one video).
-PART = {"type": Value("string"), "text": Value("string"), "files": List(Value("string")),
-        "fps": Value("float64"), "nframes": Value("int64"), "start": Value("float64"), "end": Value("float64"),
-        "min_pixels": Value("int64"), "max_pixels": Value("int64"),
-        "resized_width": Value("int64"), "resized_height": Value("int64")}  # fmt: skip
-MESSAGES = List({"role": Value("string"), "content": List(PART)})
-CONVERSATION = Features({"id": Value("string"), "messages": MESSAGES})
+PART = {"type": pa.string(), "text": pa.string(), "files": pa.list_(pa.string()),
+        "fps": pa.float64(), "nframes": pa.int64(), "start": pa.float64(), "end": pa.float64(),
+        "min_pixels": pa.int64(), "max_pixels": pa.int64(),
+        "resized_width": pa.int64(), "resized_height": pa.int64()}  # fmt: skip
+MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(pa.struct(PART))}))
+CONVERSATION = pa.schema({"id": pa.string(), "messages": MESSAGES})
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # of an assistant turn
@@ -898,9 +914,9 @@ def _media_part(kind, item):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a number, got {_short(value)}")
             if not 0 <= value < 2**53 or (value == 0 and key not in ("start", "end")):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be above 0 (and finite), got {value!r}")
-            if PART[key].dtype == "int64" and value != int(value):
+            if PART[key] == pa.int64() and value != int(value):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a whole number, got {value}")
-            options[key] = int(value) if PART[key].dtype == "int64" else float(value)
+            options[key] = int(value) if PART[key] == pa.int64() else float(value)
         if options.get("nframes") == 1:
             raise ValueError(f"{kind} {_short(item)}: option 'nframes' 1: the fewest is 2, one temporal patch")
         if options.get("start", 0) >= options.get("end", math.inf):
@@ -1174,6 +1190,8 @@ def _find_in_list(path):
 
 def _open_table(source):
     """A Parquet file, a dataset folder or a hub dataset; media columns give paths, nothing is decoded."""
+    import datasets
+
     path = Path(source)
     try:
         if path.suffix.lower() == ".parquet":
@@ -1191,17 +1209,18 @@ def _open_table(source):
     for name, feature in table.features.items():  # give paths, decode nothing
         if isinstance(getattr(feature, "feature", feature), (datasets.Image, datasets.Video)):
             inner = type(getattr(feature, "feature", feature))(decode=False)
-            table = table.cast_column(name, List(inner) if hasattr(feature, "feature") else inner)
+            table = table.cast_column(name, datasets.List(inner) if hasattr(feature, "feature") else inner)
     return table
 
 
-def load_records(source: str, normalize=normalize_conversation, features: Features = CONVERSATION) -> Dataset:
+def load_records(source: str, normalize=normalize_conversation, schema: pa.Schema = CONVERSATION) -> "Dataset":
     """All records in one fixed schema, memory-mapped: converted once, found again by the file's identity.
 
     Raises:
         ValueError: counts all bad records and lists the first different problems, each with its first places; says
             so when there is no record at all.
     """
+    import datasets
 
     def rows(source, identity, normalize):
         count, bad, problems = 0, 0, {}  # problem: [its records, the first places]
@@ -1243,10 +1262,10 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     function = getattr(normalize, "func", normalize)
     sources = project_sources(__file__, inspect.getsourcefile(function) or "")
     code = [sources, inspect.getsource(function), str(getattr(normalize, "keywords", ""))]
-    key = hashlib.sha256(json.dumps([source, identity, code, str(features)]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([source, identity, code, str(schema)]).encode()).hexdigest()[:32]
     try:
-        return Dataset.from_generator(
-            rows, features=features, fingerprint=key,
+        return datasets.Dataset.from_generator(
+            rows, features=datasets.Features.from_arrow_schema(schema), fingerprint=key,
             gen_kwargs={"source": source, "identity": key, "normalize": normalize},
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
@@ -2216,7 +2235,7 @@ def find_model(source: str, cache_dir: str | None = None):
 def load_processor(source: str, cache_dir: str | None = None):
     """The processor of a model, folder or hub name; its tokenizer's `name_or_path` is the folder of its files."""
     find_model(source, cache_dir)
-    processor = AutoProcessor.from_pretrained(source, cache_dir=cache_dir)
+    processor = transformers.AutoProcessor.from_pretrained(source, cache_dir=cache_dir)
     if not os.path.isdir(source):  # save_processor copies from there
         processor.tokenizer.name_or_path = hub_snapshot(source, cache_dir)
     return processor
@@ -2224,7 +2243,8 @@ def load_processor(source: str, cache_dir: str | None = None):
 
 def hub_snapshot(name: str, cache_dir: str | None) -> str:
     """Folder of a hub model in the cache that holds the revision which was loaded; it is called like the commit."""
-    return os.path.dirname(cached_file(name, "config.json", cache_dir=cache_dir, local_files_only=True))
+    config = transformers.utils.cached_file(name, "config.json", cache_dir=cache_dir, local_files_only=True)
+    return os.path.dirname(config)
 
 
 def load_config(source: str, args: TrainingArguments):
@@ -2234,7 +2254,7 @@ def load_config(source: str, args: TrainingArguments):
         InputError: it is of a family that is not supported.
     """
     find_model(source, args.cache_dir)
-    config = AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)
+    config = transformers.AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)
     if config.model_type not in FAMILIES:
         raise InputError(f"--model_id {source} is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}")
     return config
@@ -2355,11 +2375,6 @@ def _varlen(kernel, query, key, value, cu_q, cu_k, max_q, max_k, causal, scaling
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)[None]
 
 
-# The names must contain "flash": transformers then hands over lengths and builds no mask.
-for _kernel in ("sdpa", "varlen", "flash_attn"):
-    AttentionInterface.register(f"flash_packed_{_kernel}", functools.partial(packed_attention, kernel=_kernel))
-
-
 class PatchProjection(torch.nn.Module):
     """The tower's Conv3d, whose kernel is one whole patch, as the matrix product that it is: [P, 3, 2, p, p] → [P, D].
 
@@ -2376,9 +2391,11 @@ class PatchProjection(torch.nn.Module):
 
 def use_packed_attention(model, kernel: str):
     """Let every part of a loaded model compute attention by packed_attention with this kernel; see PatchProjection."""
+    name = f"flash_packed_{kernel}"  # "flash" must be in it: transformers then hands over lengths and builds no mask
+    transformers.AttentionInterface.register(name, functools.partial(packed_attention, kernel=kernel))
     for module in list(model.modules()):
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
-            module.config._attn_implementation = f"flash_packed_{kernel}"
+            module.config._attn_implementation = name
         if isinstance(getattr(module, "proj", None), torch.nn.Conv3d):
             module.proj = PatchProjection(module.proj)
 
@@ -2393,6 +2410,8 @@ def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Ten
 @functools.lru_cache(4096)
 def _clip_in_tower(grid, merge_size, patch_size, window_size):
     """Of one clip: positions of its patches, their order by windows (of merged tokens) and the windows' ends."""
+    from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
     grid = torch.tensor([grid])
     parts = [get_vision_position_ids(grid, merge_size)]
     if window_size:
@@ -2541,15 +2560,14 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def load_model(
-    args: TrainingArguments, device, path: str | None = None, model_class=AutoModelForImageTextToText, config=None
-):
+def load_model(args: TrainingArguments, device, path: str | None = None, model_class=None, config=None):
     """Load the model to train, freeze what the flags say, and set types and attention.
 
     Trainable parameters are fp32 (under autocast too: at a learning rate of 2e-6 a bf16 weight of 0.02 does not move),
     frozen ones have the autocast type; --pure_bf16 makes all bf16. Under DeepSpeed and FSDP2 all have
     one type. `path`: a checkpoint that replaces --model_id, or with --lora_enable an adapter that goes on top of it.
-    A `model_class` with a head of its own (`score`, and `init_head` for its first weights) brings its `config` along.
+    `model_class`: AutoModelForImageTextToText, or a class with a head of its own (`score`, and `init_head` for its
+    first weights), which brings its `config` along.
 
     Raises:
         ValueError: unsupported family, or weights that the checkpoint lacks.
@@ -2570,7 +2588,7 @@ def load_model(
     dtype = torch.float32 if split or source == path else "auto"
     if low is not None and (launched_with("deepspeed") or (split and args.pure_bf16)):
         dtype = low
-    model, info = model_class.from_pretrained(
+    model, info = (model_class or transformers.AutoModelForImageTextToText).from_pretrained(
         source, config=config, cache_dir=args.cache_dir, dtype=dtype, attn_implementation="sdpa",
         output_loading_info=True, **quantization(args, low, device),
     )  # fmt: skip
@@ -3105,6 +3123,8 @@ class Engine:
             reset = lambda *_: offload.get_param_coordinator().reset_step()
             offload.fwd_pre_hook = offload.module.register_forward_pre_hook(reset, prepend=True)
         elif self.accelerator.is_fsdp2:
+            from torch.distributed.fsdp import FSDPModule
+
             blocks = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
             for block in blocks:
                 block.set_reshard_after_forward(False, recurse=False)
@@ -3158,6 +3178,8 @@ class Engine:
     def optimizer_state(self) -> dict[str, dict]:
         """The optimizer's state by parameter name, whole (every process must call it); not for DeepSpeed's shards."""
         if self.accelerator.is_fsdp2:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return get_optimizer_state_dict(self.model, self.optimizer, options=options).get("state", {})
         return {self.names[i]: values for i, values in self.optimizer.state_dict()["state"].items()}
@@ -3165,11 +3187,13 @@ class Engine:
     def load_optimizer_state(self, state: dict[str, dict]):
         """Take back what optimizer_state gave."""
         if self.accelerator.is_fsdp2:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
-            whole = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+            from torch.distributed.checkpoint import state_dict as sharded
+
+            options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+            whole = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=options)
             if whole:  # on the main process, which hands the others their shares
                 whole["state"] = state
-            set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=whole, options=options)
+            sharded.set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=whole, options=options)
             return
         by_number = {i: state[name] for i, name in enumerate(self.names) if name in state}
         groups = self.optimizer.state_dict()["param_groups"]
@@ -3333,7 +3357,7 @@ class SampleStream:
             self.bad[file] = died.format(timeout=f"{self.args.decode_timeout:g}")
         return []
 
-    def batches(self, records: Dataset, index_lists, folder: str):
+    def batches(self, records: "Dataset", index_lists, folder: str):
         """Yield the encoded samples of each list of record indices, decoding further lists meanwhile."""
         folder = os.path.abspath(folder)  # workers may stand elsewhere, and so may the next run
         if not self.num_workers:
@@ -3367,7 +3391,7 @@ class SampleStream:
             for future in itertools.chain.from_iterable(waiting):
                 future.cancel()
 
-    def steps(self, records: Dataset, windows, batch_size: int, rank: int, world_size: int, folder: str):
+    def steps(self, records: "Dataset", windows, batch_size: int, rank: int, world_size: int, folder: str):
         """Yield `(window, samples seen, this rank's encoded rows)` for each step that step_windows gives."""
         waiting = deque()
 
@@ -3440,7 +3464,7 @@ WATCH_BYTES = 8192  # more than the longest path
 MIN_VIDEOS = 1000  # --max_bad_ratio counts from here: a single early one is no share yet
 
 
-def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, folder: str, encoder: Encoder):
+def check_files(accelerator: Accelerator, flag: str, records: "Dataset | None", folder: str, encoder: Encoder):
     """Look for every file of a data set before any weight is loaded; every process must call it.
 
     One process of each machine does it: a million files take 8 s on a local disk. Reported are missing files,
@@ -3487,7 +3511,7 @@ def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, fo
         say(note)
 
 
-def _count_files(records: Dataset) -> tuple[Counter, dict]:
+def _count_files(records: "Dataset") -> tuple[Counter, dict]:
     """How often each file stands in the records, and {(path, (start, end)): (clip, how often)} where one is given."""
     uses, spans = Counter(), {}
     for chunk in records.data.column("messages").chunks:  # by columns: a million records in seconds
@@ -3725,10 +3749,9 @@ def model_card(kind: str, config, facts: dict) -> str:
     `config` is the model's, `facts` are card_facts of the run. The last section is on positions.
     """
     base = facts["base_model"] or "path/to/the/base/model"
-    family = "Qwen2_5_VL" if config.model_type == "qwen2_5_vl" else "Qwen2VL"
-    auto = f"{family}ForSequenceClassification" if config.problem_type else "AutoModelForImageTextToText"
+    auto = f'classifier_class("{config.model_type}")' if config.problem_type else "AutoModelForImageTextToText"
     names = "AutoProcessor" if config.problem_type else f"{auto}, AutoProcessor"
-    lines = [f"from train_cls import {auto}"] if config.problem_type else []
+    lines = ["from train_cls import classifier_class"] if config.problem_type else []
     folder, given = '"path/to/this/folder"', ""
     if kind == "adapter" and config.problem_type:  # the labels are beside the adapter
         names, given = f"AutoConfig, {names}", f", config=AutoConfig.from_pretrained({folder})"
@@ -3969,7 +3992,7 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
     return None
 
 
-def run_identity(args: TrainingArguments, encoder: Encoder, records: Dataset, samples_per_step: int) -> dict:
+def run_identity(args: TrainingArguments, encoder: Encoder, records: "Dataset", samples_per_step: int) -> dict:
     """What must be the same when a run is resumed: model, data, seed, batch arithmetic, optimizer and precision."""
     config = {key: value for key, value in encoder.config.to_dict().items() if key != "transformers_version"}
     local = Path(args.model_id).is_dir()
@@ -4097,7 +4120,7 @@ BANNER_RECORDS = 200  # that the banner looks at
 
 
 def describe_run(
-    args: TrainingArguments, model, stream: SampleStream, records: Dataset, total_steps: int, world_size: int
+    args: TrainingArguments, model, stream: SampleStream, records: "Dataset", total_steps: int, world_size: int
 ):
     """Print what was asked and what was got: batch arithmetic, trainable parameters, sizes, frames and tokens."""
     encoder, rows = stream.encoder, args.gradient_accumulation_steps
@@ -4192,7 +4215,7 @@ def cut_jsonl(path: Path, state: dict):
     os.replace(aside, path)
 
 
-def stop_unevaluated(accelerator: Accelerator, args: TrainingArguments, records: Dataset):
+def stop_unevaluated(accelerator: Accelerator, args: TrainingArguments, records: "Dataset"):
     """End the run because an evaluation skipped every record: it has no result; every process must call it."""
     bad = Path(args.output_dir) / "bad_videos.jsonl"
     stop_all(accelerator, f"--eval_path {args.eval_path}: no record was evaluated, all {len(records)} were skipped: "

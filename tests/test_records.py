@@ -325,7 +325,7 @@ def test_every_container_gives_the_same_rows(tmp_path):
     for source in sources:
         loaded = load(source)
         assert list(loaded) == expected, source
-        assert loaded.features == mv.CONVERSATION, source
+        assert loaded.features == datasets.Features.from_arrow_schema(mv.CONVERSATION), source
 
 
 def test_parquet_structs_with_absent_fields(tmp_path):
@@ -798,7 +798,7 @@ def test_anything_else_in_a_record_is_a_value_error_too():
             assert str(error).startswith("here: ")
         else:
             kept += 1
-            datasets.Features(mv.CONVERSATION).encode_example(row)
+            datasets.Features.from_arrow_schema(mv.CONVERSATION).encode_example(row)
             texts = [part["text"] for turn in row["messages"] for part in turn["content"] if part["type"] == "text"]
             assert all(isinstance(value, str) and value in json.dumps(record, default=str, ensure_ascii=False)
                        .replace("\\n", "\n") for value in texts)  # fmt: skip

@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 import time
 import weakref
@@ -165,6 +167,18 @@ OTHERS = {  # objective: fields of a record
     "grpo": {"answer": "red"},
     "cls": {"label": "red"},
 }
+
+
+@pytest.mark.parametrize("tool", ["check_data", "preview", "cache_videos", "predict", "app"])
+def test_help_shows_the_flags_that_a_tool_uses(tool):
+    """Of a training command it takes all; the loop's are not among those it shows, with or without an objective."""
+    for more in [[]] if tool in ("predict", "app") else [[], ["--objective", "cls"]]:
+        command = [sys.executable, ROOT / "tools" / f"{tool}.py", *more, "--help"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        flags = set(re.findall(r"^  --(\w+)", shown, re.M))
+        assert {"model_id", "fps", "video_resized_width", "system_prompt"} <= flags
+        assert not {"learning_rate", "warmup_ratio", "save_steps", "resume_from_checkpoint", "loss_type"} & flags
+        assert ("labels" in flags) == bool(more) and "they change nothing here" in shown
 
 
 @pytest.mark.parametrize("objective", OTHERS)

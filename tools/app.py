@@ -40,6 +40,11 @@ MAX_NEW_TOKENS = 8192  # answers are made one after the other
 KNOWN = "mp4, mov, mkv, webm, avi, mpg, ts, flv or gif; jpg, png, webp, bmp or tiff"
 
 
+# Of the flags that answering uses, those that are not about files: the page has its own data and cache.
+USED = predict.USED - {"data_path", "image_folder", "on_long_sample", "on_bad_video", "video_cache"}
+USED |= {"dataloader_num_workers"}  # with a default of its own
+
+
 @dataclass
 class AppArguments(predict.AnswerArguments):
     """Those of answering, and where the page is."""
@@ -387,7 +392,8 @@ def launch(page: Page, **options):
 
 def load(argv: list[str], folder: str) -> Page:
     """The model of the command line and its decoding processes; `folder` takes all that they write."""
-    args = mv.parse_arguments(AppArguments, predict.inherited_flags(argv) + argv, (*predict.UNCHECKED, "data_path"))
+    words, unchecked = predict.inherited_flags(argv) + argv, (*predict.UNCHECKED, "data_path")
+    args = mv.parse_arguments(AppArguments, words, unchecked, predict.own_flags(AppArguments) | USED)
     args.output_dir, args.on_long_sample, args.on_bad_video = folder, "skip", "drop_video"
     args.video_cache = tempfile.mkdtemp(dir=folder)
     accelerator = mv.make_accelerator(args)

@@ -366,7 +366,7 @@ class ClassifierWays(Ways):
         self.targets = train_cls.encode_targets(records, self.config)
 
     def load(self, way):
-        model_class = train_cls.CLASSIFIERS[self.config.model_type]
+        model_class = train_cls.classifier_class(self.config.model_type)
         if way == "usual":
             model = model_class.from_pretrained(self.args.model_id, config=self.config, dtype=torch.float32)
             model.init_head(self.args)

@@ -546,7 +546,7 @@ class Bench:
                 frozen = dict.fromkeys(["freeze_llm", "freeze_vision_tower", "freeze_merger"], True)
                 settings |= {**frozen, "lora_enable": True, "lora_namespan_exclude": "['lm_head', 'embed_tokens']"}
             if parameters == "lora and head":
-                model_class = RandomWeights(train_cls.CLASSIFIERS["qwen2_5_vl"], self.device)
+                model_class = RandomWeights(train_cls.classifier_class("qwen2_5_vl"), self.device)
                 config = self.classes()
                 self.args = train_cls.ClassificationArguments(**settings, loss_type="cross_entropy")
             else:
@@ -572,7 +572,8 @@ class Bench:
 
     def classes(self):
         """The config of a classifier of two classes."""
-        records = datasets.Dataset.from_list([make_record("cls", 1, i) for i in range(2)], features=train_cls.FEATURES)
+        features = datasets.Features.from_arrow_schema(train_cls.FEATURES)
+        records = datasets.Dataset.from_list([make_record("cls", 1, i) for i in range(2)], features=features)
         args = train_cls.ClassificationArguments(**self.settings, loss_type="cross_entropy")
         return train_cls.make_config(records, args, self.data("cls", min(self.scale.rows)).encoder)
 
@@ -799,6 +800,8 @@ class Bench:
         pixels, grid = (data.batch[name].to(self.device) for name in ("pixel_values_videos", "video_grid_thw"))
         pixels, result = pixels.to(torch.bfloat16), {}
         for name in ("sdpa", "flash_packed_sdpa", *(["flash_packed_varlen"] if self.cuda else [])):
+            if name != "sdpa":
+                mv.use_packed_attention(visual, name.removeprefix("flash_packed_"))
             visual.config._attn_implementation = name
             with torch.no_grad():
                 visual(pixels, grid_thw=grid)

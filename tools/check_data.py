@@ -90,8 +90,18 @@ UNCHECKED = (
 )
 
 
-def read_flags(own: type, argv: list[str] | None = None):
+# Flags of training that the check goes by, those of the memory of a step included.
+USED = mv.SAMPLE_FLAGS | mv.flags_between("freeze_vision_tower", "double_quant") | {
+    "eval_path", "eval_image_folder", "on_long_sample", "on_bad_video", "max_bad_ratio", "video_cache_limit_gb",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
+    "bf16", "fp16", "pure_bf16",
+}  # fmt: skip
+
+
+def read_flags(own: type, argv: list[str] | None = None, used: set[str] = USED):
     """Read a trainer's flags and a tool's `own` (a dataclass with `objective`): (its arguments, own).
+
+    --help shows the tool's own flags and the `used` ones.
 
     Raises:
         SystemExit: as mv.parse_arguments, or there is no trainer of that name.
@@ -114,7 +124,9 @@ def read_flags(own: type, argv: list[str] | None = None):
     trainer = importlib.import_module(f"train_{objective}")
     base = next(value for value in vars(trainer).values() if isinstance(value, type)
                 and issubclass(value, mv.TrainingArguments) and value is not mv.TrainingArguments)  # fmt: skip
-    both = mv.parse_arguments(dataclasses.make_dataclass("Flags", [], bases=(base, own)), argv, UNCHECKED)
+    asked = inspect.signature(trainer.normalize_record).parameters
+    used = {*used, *asked, "max_prompt_length", *(flag.name for flag in dataclasses.fields(own))}
+    both = mv.parse_arguments(dataclasses.make_dataclass("Flags", [], bases=(base, own)), argv, UNCHECKED, used)
     args, own = (kind(**{option.name: getattr(both, option.name) for option in dataclasses.fields(kind)})
                  for kind in (base, own))  # fmt: skip
     for name in ("num_workers", "num_processes", "gpu_memory_gb", "shown_frames"):

@@ -463,7 +463,7 @@ def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], 
 
 
 def main():
-    args, own = read_flags(PreviewFlags)
+    args, own = read_flags(PreviewFlags, used=mv.SAMPLE_FLAGS)
     if not Path(own.output).absolute().parent.is_dir():
         raise mv.InputError(f"--output {own.output}: no such folder")
     if Path(own.output).suffix.lower() not in (".png", ".jpg", ".jpeg"):
