@@ -46,24 +46,36 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import huggingface_hub
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import safetensors.numpy
-import torch
-import torch.nn.functional as F
-import transformers
-import xxhash
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, fsdp2_prepare_model, gather_object
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
-from transformers import HfArgumentParser
+try:
+    import huggingface_hub
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import safetensors.numpy
+    import torch
+    import torch.nn.functional as F
+    import transformers
+    import xxhash
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import (
+        DistributedType,
+        InitProcessGroupKwargs,
+        LoggerType,
+        fsdp2_prepare_model,
+        gather_object,
+    )
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from PIL import Image
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+    from transformers import HfArgumentParser
+except ModuleNotFoundError as error:  # most likely the wrong Python
+    raise SystemExit(
+        f"{Path(sys.argv[0]).name}: no module {error.name!r} in this Python, {sys.executable}. Activate the "
+        "environment: source .venv/bin/activate (make setup creates it; elsewhere: pip install -r requirements.txt)"
+    ) from None
 
 # Slow to import, therefore reached where it is used (transformers loads its modules when a name is first asked for):
 # models and processors, datasets, torch.distributed, peft, scikit-learn. --help takes half of the time then.

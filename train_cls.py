@@ -34,6 +34,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import multivideo as mv
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -42,8 +44,6 @@ import transformers
 from accelerate.utils import set_seed
 from safetensors import safe_open
 from tqdm import tqdm
-
-import multivideo as mv
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -32,6 +32,8 @@ import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import multivideo as mv
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -41,8 +43,6 @@ from accelerate.utils import broadcast_object_list, set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
-
-import multivideo as mv
 
 FEATURES = pa.schema([*mv.CONVERSATION, ("completions", pa.list_(mv.MESSAGES))])  # a pair: chosen, rejected
 DPO_LOSSES = ["sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "sft"]

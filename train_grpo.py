@@ -40,13 +40,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
+import multivideo as mv
+
 import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
-
-import multivideo as mv
 
 
 @dataclass

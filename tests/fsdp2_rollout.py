@@ -13,12 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import multivideo as mv
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from fsdp2_worker import GlooFSDP2
 
-import multivideo as mv
 import train_grpo as grpo
 
 

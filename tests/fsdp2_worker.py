@@ -15,13 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["ACCELERATE_USE_FSDP"] = "true"
 
+import multivideo as mv
+
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-import multivideo as mv
 from train_sft import normalize_record, sft_loss
 
 STEPS = 10

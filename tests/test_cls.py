@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import multivideo as mv
+
 import numpy as np
 import peft
 import pytest
@@ -28,7 +30,6 @@ from sklearn import metrics as sk
 from test_train import ROOT, launch, metrics
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-import multivideo as mv
 import train_cls
 from train_cls import MULTI, REGRESSION, SINGLE
 

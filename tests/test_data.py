@@ -14,6 +14,8 @@ import unicodedata
 from fractions import Fraction
 from pathlib import Path
 
+import multivideo as mv
+
 import av
 import decord
 import numpy as np
@@ -26,8 +28,6 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
-
-import multivideo as mv
 
 NTSC_FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
 CLIPS = {  # name: width, height, frames, rate

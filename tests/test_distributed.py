@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import multivideo as mv
+
 import numpy as np
 import peft
 import pytest
@@ -19,8 +21,6 @@ from reference import hf_inputs
 from safetensors.torch import load_file
 from test_train import ROOT, demo, in_process, launch, metrics  # noqa: F401
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-import multivideo as mv
 
 CONFIGS = ROOT / "accelerate_configs"
 STEPS = 10

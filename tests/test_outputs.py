@@ -11,6 +11,8 @@ import stat
 from dataclasses import replace
 from pathlib import Path
 
+import multivideo as mv
+
 import httpx
 import huggingface_hub
 import peft
@@ -25,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from test_train import in_process
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-import multivideo as mv
 import train_cls
 import train_dpo
 from train_sft import SFTArguments

@@ -3,6 +3,8 @@
 import copy
 import inspect
 
+import multivideo as mv
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ import torch.nn.functional as F
 from reference import hf_inputs, hf_loss, write_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor, vision_utils
 
-import multivideo as mv
 from train_sft import normalize_record, sft_loss
 
 SIZES = [(28, 28), (56, 56), (84, 56), (112, 112), (56, 168), (224, 140)]

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import multivideo as mv
+
 import numpy as np
 import predict
 import pytest
@@ -22,7 +24,6 @@ from reference import qwen_messages, write_clip
 from test_train import ROOT, launch, reset_accelerate
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import multivideo as mv
 import train_grpo
 
 SIZES = ["--video_min_pixels", "784", "--image_min_pixels", "784"]

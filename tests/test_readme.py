@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import multivideo as mv
+
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from test_train import demo, launch  # noqa: F401
 from transformers import HfArgumentParser
 
-import multivideo as mv
 import train_cls
 import train_dpo
 import train_grpo

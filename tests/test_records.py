@@ -9,10 +9,11 @@ import re
 import sys
 from pathlib import Path
 
+import multivideo as mv
+
 import datasets
 import pytest
 
-import multivideo as mv
 import train_cls
 import train_dpo
 import train_grpo

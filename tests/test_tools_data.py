@@ -13,6 +13,8 @@ import sys
 import time
 import weakref
 
+import multivideo as mv
+
 import av
 import check_data
 import gpu_memory
@@ -29,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
-import multivideo as mv
 import train_sft
 
 WIDE = "é “quotes” 中文 العربية 😀\ttab \x07"

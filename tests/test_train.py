@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import multivideo as mv
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-import multivideo as mv
 
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = {"step_seconds", "data_wait_seconds", "max_memory_gb"}

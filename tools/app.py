@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-import torch
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import predict
 
 import multivideo as mv
+
+import predict
+import torch
+from PIL import Image
 
 # What files begin with. FFmpeg and Pillow open more than these: playlists and scripts that point at other files.
 STARTS = {

@@ -52,6 +52,8 @@ STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import multivideo as mv
+
 import accelerate
 import datasets
 import numpy as np
@@ -62,7 +64,6 @@ from gpu_memory import MemoryModel, read_launcher
 from make_demo import build_processor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import multivideo as mv
 import train_cls
 import train_dpo
 import train_grpo

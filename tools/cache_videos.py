@@ -23,10 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import multivideo as mv
+
 from check_data import normalizer
 from tqdm import tqdm
-
-import multivideo as mv
 
 # Flags that may have any value here: they concern the machine and the folder of the run itself.
 UNCHECKED = ("output_dir", "resume_from_checkpoint", "resume_force", "attn_implementation", "optim", "report_to")

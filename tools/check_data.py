@@ -34,6 +34,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import multivideo as mv
+
 import av
 import numpy as np
 import pebble
@@ -41,8 +43,6 @@ import torch
 from gpu_memory import RUNTIME_GIB, MemoryModel, read_launcher
 from PIL import Image
 from tqdm import tqdm
-
-import multivideo as mv
 
 LONG_SECONDS = 600  # a longer video is worth a remark
 MAX_LISTED = 10_000  # findings of one kind that the JSON lists; counts are always of all

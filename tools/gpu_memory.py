@@ -9,12 +9,13 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import multivideo as mv
+
 import torch
 import transformers
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import multivideo as mv
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size; its stage3_max_live_parameters is twice that
 BACKWARD = 1.3  # a block's backward pass needs this much of what its forward pass keeps

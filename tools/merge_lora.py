@@ -18,12 +18,14 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import multivideo as mv
+
 import torch
 import transformers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import multivideo as mv
 from train_cls import classifier_class
 
 # Largest difference of two logits over their standard deviation: rounding of the merged weights, with room to spare.

@@ -30,14 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import multivideo as mv
+
 import matplotlib
 import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import multivideo as mv
 import train_cls
 import train_grpo
 

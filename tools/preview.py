@@ -20,14 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import multivideo as mv
+
 import matplotlib
 import numpy as np
 import torch
 from check_data import normalizer, read_flags
 from matplotlib import font_manager, ft2font
 from PIL import Image, ImageDraw, ImageFont
-
-import multivideo as mv
 
 WIDTH, MARGIN, GUTTER = 1600, 48, 40  # pixels
 INK, GREY, PALE, RULE = "#1c2024", "#80868e", "#aab0b8", "#dfe3e8"

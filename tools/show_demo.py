@@ -13,13 +13,14 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import multivideo as mv
+
 import matplotlib
 import torch
 import transformers
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import multivideo as mv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
