@@ -38,6 +38,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -915,9 +916,11 @@ def _media_part(kind, item):
     files = list(item) if frames else [item]
     if not files:
         raise ValueError("video: an empty list of frame images; give at least one")
-    for path in files:
+    for i, path in enumerate(files):
         if not isinstance(path, str) or not path:
             raise ValueError(f"{kind}: expected a file path, got {_short(path)}; where there is none, leave it out")
+        if local := re.fullmatch(r"file://(?:localhost)?(/.*)", path, re.IGNORECASE | re.DOTALL):
+            path = files[i] = urllib.parse.unquote(local[1])
         if path.lower().endswith(STILL_SUFFIXES if kind == "video" and not frames else CLIP_SUFFIXES):
             raise ValueError(
                 f"{kind} {path!r}: a video file where an image is expected: put it under 'video', in one flat list"
@@ -1361,21 +1364,37 @@ def target_size(part: dict, height: int, width: int, num_frames: int, args, fact
     return smart_resize(height, width, factor, min(min_pixels, max_pixels), max_pixels)
 
 
-def sample_frames(part: dict, total_frames: int, video_fps: float, args, at_most: int | None = None):
+def sample_frames(
+    part: dict, total_frames: int, video_fps: float, args, at_most: int | None = None,
+    times: list[float] | None = None,
+):  # fmt: skip
     """Which frames of a video are taken: `(indices, sampled_fps)`, frames per second of the frames that were taken.
 
     Source: smart_nframes and calculate_video_frame_range of qwen_vl_utils. Where the reference refuses (a clip with
     fewer frames than asked), the clip gives all it has, an even number, or its single frame.
 
+    `times` (seconds from the first frame, ascending) are given where the rate varies: of as many evenly spaced moments
+    the frame is taken that is shown then, the last moment being one mean frame (1 / `video_fps`) before the end. Their
+    `sampled_fps` is their number / the seconds from the first moment to that end. With even times the two rules agree.
+
     Raises:
         ValueError: `start` and `end` (seconds) leave no frames.
     """
     first, last, duration = 0, total_frames - 1, total_frames / video_fps
-    if part["start"] is not None:
-        first = math.ceil(min(part["start"], duration) * video_fps)
-    if part["end"] is not None:
-        last = min(math.floor(min(part["end"], duration) * video_fps), total_frames - 1)
-    if first > last or (first == last and total_frames > 1):
+    if times:
+        begin, stop = min(part["start"] or 0, duration), duration - 1 / video_fps
+        stop = stop if part["end"] is None else min(part["end"], stop)
+        first, last = _shown_at(times, [begin, stop])
+        seconds = stop - begin + 1 / video_fps
+        empty = last <= first and seconds < 2 / video_fps
+    else:
+        if part["start"] is not None:
+            first = math.ceil(min(part["start"], duration) * video_fps)
+        if part["end"] is not None:
+            last = min(math.floor(min(part["end"], duration) * video_fps), total_frames - 1)
+        seconds = (last - first + 1) / video_fps
+        empty = first > last or (first == last and total_frames > 1)
+    if empty:
         raise ValueError(
             f"'start' {part['start']} and 'end' {part['end']} s leave no two frames of a {duration:.2f}-s video"
         )
@@ -1385,9 +1404,16 @@ def sample_frames(part: dict, total_frames: int, video_fps: float, args, at_most
         count = min(round(wanted / FRAME_FACTOR) * FRAME_FACTOR, available)
     else:
         most = math.floor(min(args.max_frames, available) / FRAME_FACTOR) * FRAME_FACTOR
-        count = min(max(available / video_fps * (part["fps"] or args.fps), args.min_frames), most)
+        count = min(max(seconds * (part["fps"] or args.fps), args.min_frames), most)
     count = math.floor(min(count, available, at_most or available) / FRAME_FACTOR) * FRAME_FACTOR or 1
+    if times:
+        return _shown_at(times, np.linspace(begin, stop, count)), count / seconds
     return spread_evenly(first, last, count), count / available * video_fps
+
+
+def _shown_at(times, moments):
+    """Numbers of the frames shown at these moments (seconds); times are rounded to a microsecond."""
+    return (np.searchsorted(times, np.asarray(moments) + 1e-6, "right") - 1).clip(0).tolist()
 
 
 @functools.lru_cache(65536)
@@ -1409,22 +1435,25 @@ class BadFile(ValueError):
 
 @dataclass
 class VideoInfo:
-    """What is known of a video: its frames, frames per second, and native size as shown."""
+    """What is known of a video: its frames, frames per second, native size as shown, and uneven times in seconds."""
 
     num_frames: int
-    fps: float
+    fps: float  # frames / duration
     height: int
     width: int
+    times: list[float] | None = None  # from the first frame; None: frame i is shown from i / fps on
 
 
 FFMPEG_OPTIONS = {"protocol_whitelist": "file"}  # no file leads to a network
 NO_VIDEO = {"tty", "hls", "concat", "dash", "sdp"}  # FFmpeg draws text as pictures, and follows lists to other files
 INDEXED_FORMATS = ("mov", "matroska")  # MP4 and WebM too: key frames are marked, and every frame has its time
 KEPT_BYTES = 64e6  # packets of a larger file are not kept from demuxing to decoding, but read twice
+LONGEST_PAUSE = 3600  # seconds between two frames: more is a clock that was set in between
+TIME_ROUNDING = 1e-3  # seconds: Matroska, WebM and FLV round times to it, and copies of these have them so
 
 
 def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
-    """Decode the frames that `pick(num_frames, fps)` returns: uint8 [F, 3, height, width], channels last in memory.
+    """Decode the frames that `pick(num_frames, fps, times)` returns: uint8 [F, 3, height, width], channels last.
 
     Demuxing tells what frames there are. Of a container with an index, only what the picked ones need is then decoded;
     they equal those of decoding the whole file in sequence.
@@ -1436,21 +1465,19 @@ def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
 
     try:
         with av.open(path, options=FFMPEG_OPTIONS) as container:
-            packets, kept, seekable, fps = _demux(container)
-            count, taken = sum(shown for _, _, shown in packets), {}
-            if not count or not fps:
-                raise ValueError(f"{count} frames at {fps} frames per second")
-            indices = pick(count, fps)
+            packets, kept, seekable, (count, fps, times) = _demux(container)
+            indices, taken = pick(count, fps, times), {}
             if seekable:
                 again = contextlib.nullcontext() if kept else av.open(path, options=FFMPEG_OPTIONS)
                 with again as source, contextlib.suppress(av.FFmpegError, ValueError):  # decoding all will tell
                     taken = _decode_needed(container, packets, kept or _with_data(source), indices)
         if len(taken) < len(set(indices)):
-            taken, found = _decode_all(path, indices)
-            if found != count and (seekable or not found):
+            taken, (found, *rate) = _decode_all(path, indices)
+            if found != count and seekable:
                 raise ValueError(f"only {found} of its {count} frames can be decoded")
             if found != count:  # without an index, what can be decoded is what there is
-                count, indices = found, pick(found, fps)
+                count, (fps, times) = found, rate
+                indices = pick(count, fps, times)
                 taken, _ = _decode_all(path, indices)
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, BadFile):
@@ -1459,7 +1486,7 @@ def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
     if len({frame.shape for frame in taken.values()}) > 1:
         raise BadFile(path, "cannot be decoded: the size of its frames changes on the way")
     frames = torch.from_numpy(np.stack([taken[i] for i in indices])).permute(0, 3, 1, 2)
-    return frames, VideoInfo(count, fps, *frames.shape[-2:])
+    return frames, VideoInfo(count, fps, *frames.shape[-2:], times)
 
 
 def video_info(path: str) -> VideoInfo:
@@ -1468,7 +1495,7 @@ def video_info(path: str) -> VideoInfo:
     Raises:
         BadFile: as read_video.
     """
-    return read_video(path, lambda num_frames, fps: [0])[1]
+    return read_video(path, lambda *_: [0])[1]
 
 
 def _stream(container):
@@ -1485,26 +1512,62 @@ def _with_data(container):
 
 
 def _demux(container):
-    """`([(time, is it a key frame, is it shown) of each packet], packets, can decoding start at key frames, fps)`.
+    """`([(time, is it a key frame, is it shown) of each packet], packets, can decoding start at key frames, rate)`.
 
-    The list of packets is empty where they are too large to keep.
+    The list of packets is empty where they are too large to keep; the rate is `measure_rate`'s.
 
     Raises:
-        ValueError: no video stream, or cut short.
+        ValueError: no video stream, without frames, or cut short.
     """
     stream, format_name = _stream(container), container.format.name.split(",")[0]
-    packets, kept, num_packets = [], [], 0
+    packets, kept, num_packets, stamps = [], [], 0, []
     for packet in container.demux(stream):
         num_packets += packet.dts is not None
         if packet.size:
             packets.append((packet.pts, packet.is_keyframe, not packet.is_discard))
+            if not packet.is_discard:
+                stamps.append((packet.pts, packet.dts, packet.duration))
             if container.size <= KEPT_BYTES:
                 kept.append(packet)
     if format_name == "mov" and num_packets < stream.frames:
         raise ValueError(f"cut short: {num_packets} of its {stream.frames} frames are there")
     times = {packet[0] for packet in packets}
-    seekable = format_name in INDEXED_FORMATS and None not in times and len(times) == len(packets)
-    return packets, kept, seekable, float(stream.average_rate or 0)
+    one_clock = all(a <= b for a, b in itertools.pairwise(dts for _, dts, _ in stamps if dts is not None))
+    seekable = format_name in INDEXED_FORMATS and one_clock and None not in times and len(times) == len(packets)
+    return packets, kept, seekable, measure_rate(stamps, stream)
+
+
+def measure_rate(stamps: list[tuple], stream) -> tuple[int, float, list[float] | None]:
+    """`(frames, frames per second, times)` from the `(pts, dts, duration)` of the frames shown, in decoding order.
+
+    The duration is that from the first frame to the last one and the last one's own, or where a container does not
+    give it the median gap. The rate is constant, and `times` None, where no frame is shown more than half a frame from
+    where a constant rate has it (a container's rounding apart): choosing frames by number is then choosing by time.
+    The container's own rate is taken where it agrees. Where the clock was set (concatenated or paused recordings), the
+    median gap comes between the parts.
+
+    Raises:
+        ValueError: no frames, or several without times and rate.
+    """
+    count, claimed, tick = len(stamps), float(stream.average_rate or 0), float(stream.time_base)
+    pts, dts, durations = (np.array(column, float) for column in zip(*stamps)) if stamps else ((), (), ())  # None: nan
+    pts = dts if np.isnan(pts).any() else pts
+    if count > 1 and not np.isnan(pts).any():
+        steps = np.diff(dts) * tick
+        jumps = (steps < 0) | (steps > LONGEST_PAUSE)
+        if jumps.any():
+            pts[1:] += np.cumsum(np.where(jumps, np.nanmedian(steps) - steps, 0)) / tick
+        times = (np.sort(pts) - pts.min()) * tick
+        last = np.nan_to_num(durations[pts.argmax()]) * tick or np.median(np.diff(times))
+        if (duration := times[-1] + last) > 0:
+            fps, even = float(count / duration), np.arange(count) * duration / count
+            if abs(times - even).max() > duration / count / 2 + TIME_ROUNDING:
+                return count, fps, times.round(6).tolist()
+            agree = claimed and abs(count / claimed - duration) <= 2 * TIME_ROUNDING
+            return count, claimed if agree else fps, None
+    if count != 1 and not (count and claimed):
+        raise ValueError(f"{count} frames, without times or a rate" if count else "it has no frames")
+    return count, claimed or 1.0, None
 
 
 def _decode_needed(container, packets, with_data, indices):
@@ -1559,17 +1622,18 @@ def _decode_needed(container, packets, with_data, indices):
 
 
 def _decode_all(path, indices):
-    """`({index: [height, width, 3]}, number of frames)` of a file."""
+    """`({index: [height, width, 3]}, measure_rate of all its frames)` of a file."""
     import av
 
-    wanted, taken, count = set(indices), {}, 0
+    wanted, taken, stamps = set(indices), {}, []
     reformatter = av.video.reformatter.VideoReformatter()
     with av.open(path, options=FFMPEG_OPTIONS) as container:
-        for frame in _sound(container.decode(_stream(container))):
-            if count in wanted:
-                taken[count] = _rgb(frame, reformatter)
-            count += 1
-    return taken, count
+        stream = _stream(container)
+        for frame in _sound(container.decode(stream)):
+            if len(stamps) in wanted:
+                taken[len(stamps)] = _rgb(frame, reformatter)
+            stamps.append((frame.pts, frame.pts, frame.duration))
+        return taken, measure_rate(stamps, stream)
 
 
 def _sound(frames):
@@ -1580,13 +1644,25 @@ def _sound(frames):
 
 
 def _rgb(frame, reformatter):
-    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # [height, width, 3]
-    return np.rot90(pixels, round(frame.rotation / 90))
+    return as_shown(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), display_matrix(frame))
+
+
+def display_matrix(frame) -> np.ndarray:
+    """[2, 2]: where a frame's columns (first row) and rows (second) run on the screen, as (to the right, down)."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    return np.eye(2) if data is None else np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2]
+
+
+def as_shown(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turn and mirror [height, width, 3] by quarter turns as a display matrix says."""
+    if abs(matrix).trace() < abs(matrix).sum() / 2:
+        pixels, matrix = pixels.swapaxes(0, 1), matrix[::-1]
+    return pixels[:: -1 if matrix[1, 1] < 0 else 1, :: -1 if matrix[0, 0] < 0 else 1]
 
 
 # Raise it whenever another decoder, or a change of decoding, resizing or the cache's files, may give other frames:
 # those kept under another number are not read.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 MAX_INDICES = 50_000  # of a VideoCache in memory: some 30 MB
 
 
@@ -1657,9 +1733,11 @@ class VideoCache:
             with open(self._place(identity) + ".json", "rb") as file:
                 content, checksum = file.read().rsplit(b"\n", 1)
             if xxhash.xxh3_64_hexdigest(content).encode() == checksum:
-                if len(self.indices) >= MAX_INDICES:
-                    self.indices.clear()
-                info = self.indices[identity] = VideoInfo(**json.loads(content))
+                info = VideoInfo(**json.loads(content))
+                if not info.times:  # those are many
+                    if len(self.indices) >= MAX_INDICES:
+                        self.indices.clear()
+                    self.indices[identity] = info
                 return info
         except (OSError, ValueError, TypeError):
             pass
@@ -1680,11 +1758,11 @@ class VideoCache:
     def add(self, identity: str, info: VideoInfo, indices: list[int], frames: torch.Tensor):
         """Keep frames [F, 3, height, width] and the index of their video."""
         frames = frames.contiguous().numpy()
-        self.room.value -= frames.nbytes + 500
+        index = json.dumps(dataclasses.asdict(info)).encode()
+        self.room.value -= frames.nbytes + max(500, len(index))
         if self.room.value < 0:
             return
         checksum = np.array([xxhash.xxh3_64_intdigest(frames)], np.uint64)
-        index = json.dumps(dataclasses.asdict(info)).encode()
         place = self._place(identity, *indices, *frames.shape[-2:])
         contents = {
             f"{place}.safetensors": safetensors.numpy.save({"frames": frames, "xxh3_64": checksum}),
@@ -1706,21 +1784,70 @@ class VideoCache:
                 return
 
 
+EXIF_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
 def read_image(path: str) -> Image.Image:
-    """An image in RGB, transparent parts on white, as qwen_vl_utils reads it.
+    """An image in RGB, upright by its EXIF data, transparent parts on white, 16-bit grey scaled from its full range.
+
+    RGB, RGBA and 8-bit grey as qwen_vl_utils reads them, but for EXIF, which transformers' load_image applies too. Of
+    several pictures in a file (GIF, APNG, TIFF) the first.
 
     Raises:
-        BadFile: not an image that Pillow can read.
+        BadFile: not an image that Pillow can read, or one whose values have no defined range.
     """
     try:
         with Image.open(path) as image:
-            if image.mode != "RGBA":
-                return image.convert("RGB")
-            background = Image.new("RGB", image.size, (255, 255, 255))
-            background.paste(image, mask=image.split()[3])
-            return background
+            image.load()  # turns a TIFF, which then has no orientation left
+            turn = EXIF_TURNS.get(exif_orientation(image))
+            if is_16_bit(image):
+                pixels = _scale_grey(image)
+            elif image.has_transparency_data:
+                layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+                pixels = Image.new("RGB", image.size, (255, 255, 255))
+                pixels.paste(layer, mask=layer.getchannel("A"))
+            else:
+                pixels = image.convert("RGB")
+            return pixels if turn is None else pixels.transpose(turn)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadFile(path, f"cannot be read as an image: {error}") from None
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """1 to 8; 1 (as stored) without EXIF data, and where these are damaged."""
+    with contextlib.suppress(Exception):  # Pillow raises many things, and the pixels are another matter
+        return image.getexif().get(0x0112, 1)
+    return 1
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Whether an image is 16-bit grey: of 32-bit modes that of PGM files, whose values Pillow brings to 0 … 65535.
+
+    Raises:
+        ValueError: values of any size, of which nothing says what is black and white.
+    """
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if not sixteen and image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise ValueError(
+            f"{kind} values (mode {image.mode}) have no defined black and white: scale them, and save 8 or 16 bits"
+        )
+    return sixteen
+
+
+def _scale_grey(image):
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    highest = 2 ** tags.get(258, (16,))[0] - 1  # 12 bits are possible too
+    values = np.array(image).astype(np.float64)
+    grey = (values * 255 / highest).round()
+    if tags.get(262) == 0:
+        grey = 255 - grey  # 0 is white
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -1751,10 +1878,10 @@ def load_clip(
     if part["type"] == "video":
         path = paths[0]
 
-        def pick(num_frames, fps):
+        def pick(num_frames, fps, times):
             nonlocal indices, sampled_fps
             try:
-                indices, sampled_fps = sample_frames(part, num_frames, fps, args, at_most)
+                indices, sampled_fps = sample_frames(part, num_frames, fps, args, at_most, times)
             except ValueError as error:
                 raise BadFile(path, str(error)) from None
             return indices
@@ -1765,7 +1892,7 @@ def load_clip(
         indices = sampled_fps = None
         identity = cache and cache.identity(path)
         if cache and (info := cache.info(identity)):
-            pick(info.num_frames, info.fps)
+            pick(info.num_frames, info.fps, info.times)
             frames = cache.frames(identity, indices, *size(info))
             if frames is not None:
                 return frames, sampled_fps
@@ -1797,7 +1924,7 @@ def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | N
     if not info:
         info = video_info(paths[0])
     try:
-        count = len(sample_frames(part, info.num_frames, info.fps, args)[0])
+        count = len(sample_frames(part, info.num_frames, info.fps, args, times=info.times)[0])
     except ValueError as error:
         raise BadFile(paths[0], str(error)) from None
     return count, *target_size(part, info.height, info.width, count, args, factor)
@@ -3462,7 +3589,8 @@ def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, fo
             info = known and encoder.cache.info(encoder.cache.identity(os.path.join(folder, path)))
             try:
                 if info:
-                    sample_frames({**dict.fromkeys(PART), **part}, info.num_frames, info.fps, args)
+                    part = {**dict.fromkeys(PART), **part}
+                    sample_frames(part, info.num_frames, info.fps, args, times=info.times)
             except ValueError as error:
                 bad[path, span] = str(error)
                 bad_uses += count
