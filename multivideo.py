@@ -19,6 +19,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -188,6 +189,11 @@ class TrainingArguments:
     )
     max_bad_ratio: float = arg(0.01, "Stop when more than this share of the videos so far (at least 1,000) was bad.")
     decode_timeout: float = arg(60.0, "Seconds after which a file that is still being decoded counts as bad.")
+    video_reader: str = arg(
+        "pyav",
+        "What decodes videos. decord: for runs that must match earlier ones; PyAV takes what it does not read right.",
+        choices=["pyav", "decord"],
+    )
     video_cache: str | None = arg(
         None,
         "Folder that keeps decoded frames, or none (default: $MULTIVIDEO_CACHE, $HF_HOME/multivideo or "
@@ -297,7 +303,6 @@ REPLACED_FLAGS = {
     "logging_strategy": "drop it: metrics.jsonl has every step, --logging_steps is for trackers",
     "logging_dir": "drop it: everything goes to --output_dir",
     "overwrite_output_dir": "choose another --output_dir, or --resume_from_checkpoint auto",
-    "video_decoder": "drop it: every video is decoded exactly by one decoder, PyAV",
     "lr_scheduler_kwargs": "drop it: the schedules of --lr_scheduler_type take no options",
     **dict.fromkeys(["activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"],
                     "use --gradient_checkpointing True, which is not reentrant and has no options"),
@@ -378,6 +383,8 @@ RENAMED_FLAGS = {
     **dict.fromkeys(["num_frames", "n_frames", "video_num_frames"], "--nframes"),
     **dict.fromkeys(["video_maxlen", "video_max_frames", "fps_max_frames"], "--max_frames"),
     **dict.fromkeys(["video_min_frames", "fps_min_frames"], "--min_frames"),
+    **dict.fromkeys(["video_decoder", "video_backend", "video_load_backend", "video_reader_backend"],
+                    "--video_reader"),
     "max_pixels": "--video_max_pixels (or --image_max_pixels)",
     "min_pixels": "--video_min_pixels (or --image_min_pixels)",
     **dict.fromkeys(["flash_attn", "use_flash_attn", "attn_impl"], "--attn_implementation"),
@@ -516,6 +523,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         looks_local(args.model_id) and not Path(args.model_id).is_dir(), f"--model_id {args.model_id}: no such folder"
     )
 
+    complain(args.video_reader == "decord" and not _has_decord2(), "--video_reader decord needs the package decord2: "
+             "pip uninstall decord, pip install 'decord2>=3.4'")  # fmt: skip
     complain({"fps", "nframes"} <= given, "--fps and --nframes contradict each other: give one")
     for kind in ("image", "video"):
         width, height = getattr(args, f"{kind}_resized_width"), getattr(args, f"{kind}_resized_height")
@@ -659,6 +668,14 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
     complain(args.attn_implementation in ("varlen", "flash_attn") and not torch.cuda.is_available(),
              f"--attn_implementation {args.attn_implementation} needs a CUDA device: use sdpa or auto")  # fmt: skip
     return problems
+
+
+def _has_decord2():
+    """The maintained build; the package decord has the same module, with an FFmpeg of 2018."""
+    try:
+        return tuple(map(int, importlib.metadata.version("decord2").split(".")[:2])) >= (3, 4)
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _listed(text):
@@ -1442,6 +1459,7 @@ class VideoInfo:
     height: int
     width: int
     times: list[float] | None = None  # from the first frame; None: frame i is shown from i / fps on
+    reader: str = "pyav"  # what decoded its frames
 
 
 FFMPEG_OPTIONS = {"protocol_whitelist": "file"}  # no file leads to a network
@@ -1452,11 +1470,11 @@ LONGEST_PAUSE = 3600  # seconds between two frames: more is a clock that was set
 TIME_ROUNDING = 1e-3  # seconds: Matroska, WebM and FLV round times to it, and copies of these have them so
 
 
-def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
+def read_video(path: str, pick, reader: str = "pyav") -> tuple[torch.Tensor, VideoInfo]:
     """Decode the frames that `pick(num_frames, fps, times)` returns: uint8 [F, 3, height, width], channels last.
 
     Demuxing tells what frames there are. Of a container with an index, only what the picked ones need is then decoded;
-    they equal those of decoding the whole file in sequence.
+    they equal those of decoding the whole file in sequence. `reader`: see --video_reader.
 
     Raises:
         BadFile: not a video, without frames, cut short, or damaged where frames were picked.
@@ -1467,7 +1485,10 @@ def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
         with av.open(path, options=FFMPEG_OPTIONS) as container:
             packets, kept, seekable, (count, fps, times) = _demux(container)
             indices, taken = pick(count, fps, times), {}
-            if seekable:
+            if seekable and reader == "decord":
+                taken = _read_decord(path, packets, indices)
+            reader = "decord" if taken else "pyav"
+            if seekable and not taken:
                 again = contextlib.nullcontext() if kept else av.open(path, options=FFMPEG_OPTIONS)
                 with again as source, contextlib.suppress(av.FFmpegError, ValueError):  # decoding all will tell
                     taken = _decode_needed(container, packets, kept or _with_data(source), indices)
@@ -1486,7 +1507,7 @@ def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
     if len({frame.shape for frame in taken.values()}) > 1:
         raise BadFile(path, "cannot be decoded: the size of its frames changes on the way")
     frames = torch.from_numpy(np.stack([taken[i] for i in indices])).permute(0, 3, 1, 2)
-    return frames, VideoInfo(count, fps, *frames.shape[-2:], times)
+    return frames, VideoInfo(count, fps, *frames.shape[-2:], times, reader)
 
 
 def video_info(path: str) -> VideoInfo:
@@ -1621,6 +1642,37 @@ def _decode_needed(container, packets, with_data, indices):
     return taken
 
 
+DECORD_CODECS = {"h264", "hevc", "vp8", "vp9", "av1"}
+
+
+def _read_decord(path, packets, indices):
+    """{index: [height, width, 3]} by decord; {} where it is known to give other frames, or says that it would.
+
+    Those are interlaced, 10-bit and mirrored videos, edit lists and open groups of pictures.
+    """
+    import av
+    import decord
+
+    last_key, plain = -math.inf, all(shown for _, _, shown in packets)  # no edit list, no open group of pictures
+    for shown_at, is_key, _ in packets:
+        plain = plain and shown_at >= last_key
+        last_key = shown_at if is_key else last_key
+    try:
+        with av.open(path, options=FFMPEG_OPTIONS) as container:
+            stream = _stream(container)
+            container.seek(last_key, stream=stream)
+            codec, frame = stream.codec_context, next(container.decode(stream))
+        plain = plain and frame.pts == last_key and frame.key_frame  # no intra refresh
+        plain = plain and codec.codec.canonical_name in DECORD_CODECS and np.linalg.det(display_matrix(frame)) > 0
+        plain = plain and codec.field_order <= 1 and not frame.interlaced_frame  # 0: unknown, 1: progressive
+        if not plain or max(component.bits for component in frame.format.components) > 8:
+            return {}
+        reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)  # without: errors repeat the frame before
+        return dict(zip(indices, reader.get_batch(indices).asnumpy())) if len(reader) == len(packets) else {}
+    except Exception:  # its errors have no class of their own
+        return {}
+
+
 def _decode_all(path, indices):
     """`({index: [height, width, 3]}, measure_rate of all its frames)` of a file."""
     import av
@@ -1675,8 +1727,9 @@ class VideoCache:
     CACHE_VERSION has a folder of its own within the cache's.
     """
 
-    def __init__(self, folder: str, room=None):
+    def __init__(self, folder: str, room=None, reader: str = "pyav"):
         """`room`: a ctypes double, the bytes that may still be added by all who share it; without it, nothing is."""
+        self.reader = reader  # that is asked for; what it leaves to PyAV is kept with PyAV's
         self.folder, self.room = os.path.join(folder, f"frames-v{CACHE_VERSION}"), room or ctypes.c_double(0)
         self.indices = {}  # those read of late, at most MAX_INDICES
         self.real_folder = functools.lru_cache(4096)(os.path.realpath)
@@ -1721,7 +1774,8 @@ class VideoCache:
         status = os.stat(path)
         return f"{real}\0{status.st_size}\0{status.st_mtime_ns}"
 
-    def _place(self, *key):
+    def _place(self, *key, reader):
+        key = key if reader == "pyav" else (*key, reader)
         name = hashlib.sha256(os.fsencode("\0".join(map(str, key)))).hexdigest()[:40]
         return os.path.join(self.folder, name[:2], name)
 
@@ -1730,7 +1784,7 @@ class VideoCache:
         if info := self.indices.get(identity):
             return info
         try:
-            with open(self._place(identity) + ".json", "rb") as file:
+            with open(self._place(identity, reader=self.reader) + ".json", "rb") as file:
                 content, checksum = file.read().rsplit(b"\n", 1)
             if xxhash.xxh3_64_hexdigest(content).encode() == checksum:
                 info = VideoInfo(**json.loads(content))
@@ -1743,10 +1797,11 @@ class VideoCache:
             pass
         return None
 
-    def frames(self, identity: str, indices: list[int], height: int, width: int):
-        """uint8 [F, 3, height, width] if they are kept and undamaged, else None."""
+    def frames(self, identity: str, indices: list[int], height: int, width: int, reader: str = "pyav"):
+        """uint8 [F, 3, height, width] that `reader` decoded if they are kept and undamaged, else None."""
         try:
-            with open(self._place(identity, *indices, height, width) + ".safetensors", "rb") as file:
+            place = self._place(identity, *indices, height, width, reader=reader)
+            with open(place + ".safetensors", "rb") as file:
                 kept = safetensors.numpy.load(file.read())  # read, not mapped: a bad disk then raises instead of kills
             frames, checksum = kept["frames"], kept["xxh3_64"]
             if frames.shape == (len(indices), 3, height, width) and xxhash.xxh3_64_intdigest(frames) == checksum[0]:
@@ -1763,10 +1818,11 @@ class VideoCache:
         if self.room.value < 0:
             return
         checksum = np.array([xxhash.xxh3_64_intdigest(frames)], np.uint64)
-        place = self._place(identity, *indices, *frames.shape[-2:])
+        place = self._place(identity, *indices, *frames.shape[-2:], reader=info.reader)
+        about = self._place(identity, reader=self.reader)
         contents = {
             f"{place}.safetensors": safetensors.numpy.save({"frames": frames, "xxh3_64": checksum}),
-            f"{self._place(identity)}.json": index + b"\n" + xxhash.xxh3_64_hexdigest(index).encode(),
+            f"{about}.json": index + b"\n" + xxhash.xxh3_64_hexdigest(index).encode(),
         }
         for name, content in contents.items():
             aside = f"{name}.{os.urandom(8).hex()}.aside"
@@ -1863,12 +1919,12 @@ def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor
 
 def load_clip(
     part: dict, folder: str, args, factor: int, limit=None, cache: VideoCache | None = None,
-    watched=contextlib.nullcontext,
+    watched=contextlib.nullcontext, readers: Counter | None = None,
 ):  # fmt: skip
     """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps)`.
 
     `limit` is (frames, height, width) from fit_video_tokens; None: as the arguments and the part ask. `watched(path)`
-    is entered around each image's reading.
+    is entered around each image's reading; `readers` counts the videos by what decoded them.
 
     Raises:
         BadFile: names the file and what is wrong with it.
@@ -1890,13 +1946,16 @@ def load_clip(
             return limit[1:] if limit else target_size(part, info.height, info.width, len(indices), args, factor)
 
         indices = sampled_fps = None
+        readers = Counter() if readers is None else readers
         identity = cache and cache.identity(path)
         if cache and (info := cache.info(identity)):
             pick(info.num_frames, info.fps, info.times)
-            frames = cache.frames(identity, indices, *size(info))
+            frames = cache.frames(identity, indices, *size(info), info.reader)
             if frames is not None:
+                readers[info.reader] += 1
                 return frames, sampled_fps
-        frames, info = read_video(path, pick)  # [F, 3, h, w]
+        frames, info = read_video(path, pick, args.video_reader)  # [F, 3, h, w]
+        readers[info.reader] += 1
         frames = resize_frames(frames, *size(info))
         if cache and cache.room.value > 0 and cache.identity(path) == identity:  # not replaced meanwhile
             cache.add(identity, info, indices, frames)
@@ -2012,7 +2071,7 @@ class Encoder:
         self.patch_size, self.merge_size = vision.patch_size, vision.spatial_merge_size
         self.factor = self.patch_size * self.merge_size
         self.max_positions = self.config.get_text_config().max_position_embeddings
-        self.cache = VideoCache(args.video_cache, room) if args.video_cache else None
+        self.cache = VideoCache(args.video_cache, room, args.video_reader) if args.video_cache else None
         self.watch = watch
         self.end_of_turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
@@ -2083,6 +2142,7 @@ class Encoder:
                 return BadFile(files[0], f"{type(error).__name__}: {error}")
 
         limits = shapes = None
+        self.readers = Counter()
         if self.args.max_video_tokens and parts:
             shapes = [attempt(clip_shape, part) for part in parts]
             good = [shape for shape in shapes if not isinstance(shape, BadFile)]
@@ -2092,7 +2152,7 @@ class Encoder:
         for i, part in enumerate(parts):
             bad = limits and isinstance(limits[i], BadFile)
             limit = limits[i] if limits else None
-            clip = limit if bad else attempt(load_clip, part, limit, watched=self.watched)
+            clip = limit if bad else attempt(load_clip, part, limit, watched=self.watched, readers=self.readers)
             if not isinstance(clip, BadFile):
                 frames, sampled_fps = clip
                 clip = *patchify(frames, self.patch_size, self.merge_size), FRAME_FACTOR / sampled_fps
@@ -2128,6 +2188,7 @@ class Encoder:
             raise InputError(f"{record_name(record['id'])}: {error}") from None
         bad = [(clip.path, clip.reason) for clip in clips if isinstance(clip, BadFile)]
         sample = {"id": record["id"], "shrunk": shrunk, "bad": bad, "num_tokens": 0, "num_videos": 0, "num_images": 0}
+        sample["readers"] = self.readers
         sample |= {key: value for key, value in record.items() if key not in ("id", "messages", "completions")}
         if bad:
             if self.args.on_bad_video == "error":
@@ -3362,6 +3423,7 @@ class SampleStream:
         self.sample_bytes = 0  # of the largest sample so far
         self.bad_path = Path(args.output_dir) / "bad_videos.jsonl"
         self.warned = False  # of a sample with too large positions
+        self.readers = Counter()  # videos by what decoded them
         self.bad, self.told = {}, set()  # bad files and why; (record, file) pairs and files that were told of
         self.killed, self.bytes_learned, self.lock = set(), 0, threading.Lock()  # files whose process was killed once
         self._learn()
@@ -3515,6 +3577,7 @@ class SampleStream:
         try:
             sample = result()
             bad, record = sample["bad"], sample["id"]
+            self.readers += sample["readers"]
             return sample
         except BadVideo as error:
             bad, record = [(error.path, error.reason)], error.record
@@ -3545,6 +3608,9 @@ class SampleStream:
 
     def close(self):
         """Stop the workers, whatever they are at."""
+        if self.args.video_reader == "decord" and self.readers["pyav"]:
+            say(f"--video_reader decord: {self.readers.pop('pyav'):,} videos were read by PyAV, since decord does not "
+                "read them right; tools/check_data.py --video_reader decord lists them")  # fmt: skip
         if not self.num_workers or self.closed:
             return
         self.closed = True
@@ -3559,7 +3625,7 @@ class SampleStream:
 
 
 DEATHS = {
-    -signal.SIGALRM: "took longer than {timeout} s to decode (--decode_timeout)",
+    -signal.SIGALRM: "took longer than {timeout} s to decode: if it is a long film, raise --decode_timeout",
     -signal.SIGKILL: "its decoding process was killed (out of memory?)",
     -signal.SIGSEGV: "crashed its decoding process (segmentation fault)",
 }
