@@ -1522,8 +1522,8 @@ def video_info(path: str) -> VideoInfo:
 def _stream(container):
     """The video stream that players show: not a cover picture beside it."""
     stream = container.streams.best("video")
-    if stream is None or container.format.name in NO_VIDEO:
-        raise ValueError("no video stream")
+    if stream is None or stream.codec_context is None or container.format.name in NO_VIDEO:
+        raise ValueError("no video stream that FFmpeg can decode")
     stream.codec_context.thread_count = 1  # the workers are many
     return stream
 
