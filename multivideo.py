@@ -191,7 +191,7 @@ class TrainingArguments:
     decode_timeout: float = arg(60.0, "Seconds after which a file that is still being decoded counts as bad.")
     video_reader: str = arg(
         "pyav",
-        "What decodes videos. decord: for runs that must match earlier ones; PyAV takes what it does not read right.",
+        "What decodes videos. decord: to match earlier runs; it does not report damage, and PyAV reads what it cannot.",
         choices=["pyav", "decord"],
     )
     video_cache: str | None = arg(

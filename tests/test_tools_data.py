@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import struct
 import sys
 import time
 import weakref
@@ -22,6 +23,7 @@ import torch
 import yaml
 from PIL import Image
 from reference import write_clip
+from test_reading import write_timed
 from test_train import ROOT, demo  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -292,7 +294,7 @@ def test_everything_wrong_is_found(demo, folder, records, tmp_path, monkeypatch,
     assert odd.keys() == ODD.keys() and all(names <= odd[code] for code, names in ODD.items()), odd
     assert [item["id"] for item in train["too_long"]["items"]] == ["long"]
     assert len(report["would_fail"]) == 3 and all(problem in said for problem in report["would_fail"])
-    assert report["files"]["uses"] == {"all": 33, "unreadable": 11}
+    assert report["files"]["uses"] == {"all": 37, "unreadable": 11}
 
 
 @pytest.mark.parametrize(
