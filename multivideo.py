@@ -191,7 +191,7 @@ class TrainingArguments:
     decode_timeout: float = arg(60.0, "Seconds after which a file that is still being decoded counts as bad.")
     video_reader: str = arg(
         "pyav",
-        "What decodes videos. decord: to match earlier runs; it does not report damage, and PyAV reads what it cannot.",
+        "What decodes videos. decord: to match earlier runs; it conceals damage, and PyAV reads what it cannot.",
         choices=["pyav", "decord"],
     )
     video_cache: str | None = arg(
@@ -1562,10 +1562,10 @@ def measure_rate(stamps: list[tuple], stream) -> tuple[int, float, list[float] |
     """`(frames, frames per second, times)` from the `(pts, dts, duration)` of the frames shown, in decoding order.
 
     The duration is that from the first frame to the last one and the last one's own; where that is not given, or below
-    half the median gap (as muxers write it that do not know it), the median gap. The rate is constant, and `times` None, where no frame is shown more than half a frame from
-    where a constant rate has it (a container's rounding apart): choosing frames by number is then choosing by time.
-    The container's own rate is taken where it agrees. Where the clock was set (concatenated or paused recordings), the
-    median gap comes between the parts.
+    half the median gap (as muxers write it that do not know it), the median gap. The rate is constant, and `times`
+    None, where no frame is shown more than half a frame from where a constant rate has it (a container's rounding
+    apart): choosing frames by number is then choosing by time. The container's own rate is taken where it agrees.
+    Where the clock was set (concatenated or paused recordings), the median gap comes between the parts.
 
     Raises:
         ValueError: no frames, or several without times and rate.
