@@ -52,7 +52,8 @@ NOTES = {  # code → what it means
     "one frame": "a single frame, which fills both frames of its patch",
     "few frames": "fewer frames than the sampling asks for: all are taken",
     "thinned": "--max_frames lowers the frame rate",
-    "long": f"longer than {LONG_SECONDS // 60} minutes",
+    "long": f"longer than {LONG_SECONDS // 60} minutes: where decoding takes long, raise --decode_timeout or give "
+    "'start' and 'end'",
     "enlarged": "smaller than the size it is trained at: scaled up, tokens without information",
     "mirrored": "mirrored by its metadata, which is honoured",
     "varying rate": "frames at uneven times: they are chosen by time",
