@@ -1579,8 +1579,8 @@ def measure_rate(stamps: list[tuple], stream) -> tuple[int, float, list[float] |
         if jumps.any():
             pts[1:] += np.cumsum(np.where(jumps, np.nanmedian(steps) - steps, 0)) / tick
         times = (np.sort(pts) - pts.min()) * tick
-        last, gap = np.nan_to_num(durations[pts.argmax()]) * tick, np.median(np.diff(times))
-        last = gap if last < gap / 2 else last
+        last, gap = durations[pts.argmax()] * tick, np.sort(np.diff(times))[(count - 1) // 2]
+        last = last if last >= gap / 2 else gap
         if (duration := times[-1] + last) > 0:
             fps, even = float(count / duration), np.arange(count) * duration / count
             if abs(times - even).max() > duration / count / 2 + TIME_ROUNDING:
@@ -1613,7 +1613,7 @@ def _decode_needed(container, packets, with_data, indices):
         if shown_at in wanted:
             start = next((k for k in reversed(keys) if packets[k][0] <= shown_at), 0)
             needed[start : p + 1] = True
-    taken, reformatter = {}, av.video.reformatter.VideoReformatter()
+    taken, reformatter, matrices = {}, av.video.reformatter.VideoReformatter(), {}
     first = None  # time of the key frame that decoding started from, if not at the first packet
     started = True  # has it come out
 
@@ -1624,7 +1624,7 @@ def _decode_needed(container, packets, with_data, indices):
                 raise ValueError("a key frame that needs others before it (intra refresh)")
             started = True
             if (i := wanted.get(frame.pts)) is not None:
-                taken[i] = _rgb(frame, reformatter)
+                taken[i] = _rgb(frame, reformatter, matrices)
 
     for p, packet in enumerate(with_data):
         if not needed[p]:
@@ -1678,13 +1678,13 @@ def _decode_all(path, indices):
     """`({index: [height, width, 3]}, measure_rate of all its frames)` of a file."""
     import av
 
-    wanted, taken, stamps = set(indices), {}, []
+    wanted, taken, stamps, matrices = set(indices), {}, [], {}
     reformatter = av.video.reformatter.VideoReformatter()
     with av.open(path, options=FFMPEG_OPTIONS) as container:
         stream = _stream(container)
         for frame in _sound(container.decode(stream)):
             if len(stamps) in wanted:
-                taken[len(stamps)] = _rgb(frame, reformatter)
+                taken[len(stamps)] = _rgb(frame, reformatter, matrices)
             stamps.append((frame.pts, frame.pts, frame.duration))
         return taken, measure_rate(stamps, stream)
 
@@ -1696,8 +1696,12 @@ def _sound(frames):
         yield frame
 
 
-def _rgb(frame, reformatter):
-    return as_shown(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray(), display_matrix(frame))
+def _rgb(frame, reformatter, matrices):
+    """[height, width, 3] as shown; `matrices`: a file's display matrices by rotation, which is faster to read."""
+    if frame.rotation not in matrices:
+        matrices[frame.rotation] = display_matrix(frame)
+    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    return as_shown(pixels, matrices[frame.rotation])
 
 
 def display_matrix(frame) -> np.ndarray:
