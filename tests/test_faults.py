@@ -50,7 +50,7 @@ av.open = misbehave
 sys.modules["av"] = av
 """
 INJECTED = {  # file: what is told of it
-    "sleeps.mp4": "took longer than 1.5 s to decode (--decode_timeout)",
+    "sleeps.mp4": "took longer than 1.5 s to decode: if it is a long film, raise --decode_timeout",
     "kills.mp4": "its decoding process was killed (out of memory?)",
     "segfaults.mp4": "crashed its decoding process (segmentation fault)",
     "exits.mp4": "ended its decoding process (exit code 3)",

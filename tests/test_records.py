@@ -551,7 +551,7 @@ BAD_RECORDS = {
     "bytes": (llava(image={"bytes": "x", "path": None}), "decoded or embedded media is not read, got a field 'bytes'"),
     "http": (llava(video="https://x.org/a.mp4"), "video 'https://x.org/a.mp4': addresses are not read: download"),
     "s3": (llava(video=[["s3://b/1.png"]]), "addresses are not read: download first"),
-    "file": (trl([{"type": "image", "image": "file:///a.png"}]), "addresses are not read"),
+    "file": (trl([{"type": "image", "image": "file://server/a.png"}]), "addresses are not read"),
     "data": (llava(image="data:image/png;base64,AAAA"), "addresses are not read"),
     "climb": (llava(video="../a.mp4"), "video '../a.mp4': a relative path may not climb out of --image_folder"),
     "hidden climb": (llava(image={"image": "a/b/../../../c.png"}), "image 'a/b/../../../c.png': a relative path"),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ import torch
 import yaml
 from PIL import Image
 from reference import write_clip
+from test_reading import write_timed
 from test_train import ROOT, demo  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -88,6 +90,14 @@ def folder(tmp_path_factory):
             container.mux(stream.encode())
     for i in range(5):
         Image.fromarray(np.roll(picture, i, 0)).resize((90 + 10 * (i == 2), 60)).save(path / f"{i}.png")
+    write_timed(path / "uneven.mkv", [40 * i for i in [*range(20), *range(60, 80)]])
+    write_clip(path / "mirrored.mp4", 96, 64, 20)
+    data = bytearray((path / "mirrored.mp4").read_bytes())
+    at = data.index(b"tkhd") + 44  # the first number of its display matrix: columns run to the left
+    data[at : at + 4] = struct.pack(">i", -(1 << 16))
+    (path / "mirrored.mp4").write_bytes(data)
+    Image.fromarray(picture[..., 0].astype(np.uint16) << 8).save(path / "x-ray.png")
+    Image.fromarray(picture).convert("P").save(path / "icon.png", transparency=0)
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(picture).save(path / "exif.jpg", exif=exif)
@@ -105,7 +115,8 @@ def records():
                                  {"video": "good.mp4", "resized_width": 112, "resized_height": 28}]),
         record("stills", WIDE * 3, WIDE, video=[[f"{i}.png" for i in range(5)]], image=["exif.jpg", "1.png"]),
         record("text", "word " * 50, "A longer answer. " * 20),
-        record("odd files", video=["open.ts", "turned.mp4"]),
+        record("odd files", "<image><image>" + "<video>" * 4, image=["x-ray.png", "icon.png"],
+               video=["open.ts", "turned.mp4", "uneven.mkv", "mirrored.mp4"]),
     ]  # fmt: skip
 
 
@@ -248,7 +259,8 @@ UNUSABLE = {
 ODD = {
     "decoded whole": {"open.ts"}, "rotation": {"turned.mp4"}, "one frame": {"1.mp4"}, "few frames": {"3.mp4"},
     "thinned": {"long.mp4"}, "long": {"long.mp4"}, "enlarged": {"long.mp4"}, "orientation": {"exif.jpg"},
-    "mixed sizes": {"0.png"}, "one colour": {"turned.mp4"},
+    "mixed sizes": {"0.png"}, "one colour": {"turned.mp4"}, "varying rate": {"uneven.mkv"},
+    "mirrored": {"mirrored.mp4"}, "16-bit": {"x-ray.png"}, "transparency": {"icon.png"},
 }  # fmt: skip
 
 
@@ -297,7 +309,7 @@ def test_everything_wrong_is_found(demo, folder, records, tmp_path, monkeypatch,
     assert odd.keys() == ODD.keys() and all(names <= odd[code] for code, names in ODD.items()), odd
     assert [item["id"] for item in train["too_long"]["items"]] == ["long"]
     assert len(report["would_fail"]) == 3 and all(problem in said for problem in report["would_fail"])
-    assert report["files"]["uses"] == {"all": 33, "unreadable": 11}
+    assert report["files"]["uses"] == {"all": 37, "unreadable": 11}
 
 
 @pytest.mark.parametrize(

@@ -247,8 +247,9 @@ class Page:
             if part["type"] == "video":  # what its decoder noted beside its frames
                 cache = self.encoder.cache
                 if info := cache.info(cache.identity(part["files"][0])):
-                    taken, _ = mv.sample_frames(part, info.num_frames, info.fps, self.args, len(frames))
-                    times = [f"{i / info.fps:.2f} s" for i in taken]
+                    rate = info.num_frames, info.fps
+                    taken, _ = mv.sample_frames(part, *rate, self.args, len(frames), info.times)
+                    times = [f"{info.times[i] if info.times else i / info.fps:.2f} s" for i in taken]
                     said = (f"{len(taken)} of {info.num_frames} frames, {said}, {info.num_frames / info.fps:.1f} s at "
                             f"{info.fps:.4g} frames per second")  # fmt: skip
                 else:

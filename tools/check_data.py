@@ -52,9 +52,15 @@ NOTES = {  # code → what it means
     "one frame": "a single frame, which fills both frames of its patch",
     "few frames": "fewer frames than the sampling asks for: all are taken",
     "thinned": "--max_frames lowers the frame rate",
-    "long": f"longer than {LONG_SECONDS // 60} minutes",
+    "long": f"longer than {LONG_SECONDS // 60} minutes: where decoding takes long, raise --decode_timeout or give "
+    "'start' and 'end'",
     "enlarged": "smaller than the size it is trained at: scaled up, tokens without information",
-    "orientation": "turned by its EXIF data, which is not applied",
+    "mirrored": "mirrored by its metadata, which is honoured",
+    "varying rate": "frames at uneven times: they are chosen by time",
+    "orientation": "turned or mirrored by its EXIF data, which is applied",
+    "read by PyAV": "decord does not read it right, so that PyAV does (--video_reader decord)",
+    "16-bit": "16-bit grey: its full range is scaled to 8 bits",
+    "transparency": "transparent parts become white",
     "animation": "several pictures in one file: only the first is read",
     "mixed sizes": "frame images of several sizes: all are scaled to the shape of the first",
     "one colour": "every frame that is taken is one flat colour",
@@ -197,9 +203,9 @@ def read_clip(item) -> dict:
     try:
         if part["type"] == "video":
             path = mv.resolve_path(part["files"][0], folder)
-            info = mv.video_info(path)
+            info = mv.video_info(path, args.video_reader)
             try:
-                indices, rate = mv.sample_frames(part, info.num_frames, info.fps, args)
+                indices, rate = mv.sample_frames(part, info.num_frames, info.fps, args, times=info.times)
             except ValueError as error:
                 raise mv.BadFile(path, str(error)) from None
             width, height, count = info.width, info.height, len(indices)
@@ -208,11 +214,19 @@ def read_clip(item) -> dict:
             with av.open(path) as opened:
                 stream = opened.streams.best("video")
                 stored = stream.width, stream.height
+                matrix = mv.display_matrix(next(opened.decode(stream)))
                 format_name = opened.format.name.split(",")[0]
             if format_name not in mv.INDEXED_FORMATS:
                 notes["decoded whole"] = f"format {format_name}"
             if stored == (height, width) and height != width:
                 notes["rotation"] = f"{width}×{height} as shown"
+            if np.linalg.det(matrix) < 0:
+                notes["mirrored"] = ""
+            if info.reader != args.video_reader:
+                notes["read by PyAV"] = f"format {format_name}, {stream.codec_context.name}"
+            if info.times:
+                gaps = np.diff(info.times)
+                notes["varying rate"] = f"{info.fps:.3g} per second, {gaps.min():.3g} to {gaps.max():.3g} s apart"
             if info.num_frames == 1:
                 notes["one frame"] = ""
             elif count < (round(wanted / 2) * 2 if wanted else args.min_frames):
@@ -258,11 +272,16 @@ def picture_size(path: str, notes: dict) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            if image.getexif().get(274, 1) != 1:  # the orientation
-                notes["orientation"] = ""
+            if (orientation := mv.exif_orientation(image)) != 1:
+                notes["orientation"] = f"EXIF orientation {orientation}"
             if getattr(image, "n_frames", 1) > 1:
                 notes["animation"] = f"{image.n_frames} pictures"
-            return image.size
+            if mv.is_16_bit(image):
+                notes["16-bit"] = f"mode {image.mode}"
+            elif image.has_transparency_data:
+                notes["transparency"] = f"mode {image.mode}"
+            turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # whose size is the turned one already
+            return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise mv.BadFile(path, f"cannot be read as an image: {error}") from None
 

@@ -97,9 +97,9 @@ def read_clips(row: dict, sample: dict, encoder, folder: str, args) -> list[dict
         if part["type"] == "video":
             info = mv.video_info(mv.resolve_path(part["files"][0], folder))
             total, fps = info.num_frames, info.fps
-            indices, _ = mv.sample_frames(part, total, fps, args, 2 * t)
+            indices, _ = mv.sample_frames(part, total, fps, args, 2 * t, info.times)
             assert -(-len(indices) // 2) == t, f"{part['files'][0]}: {len(indices)} frames by its container, {t} pairs"
-            clip["times"] = [index / fps for index in indices]
+            clip["times"] = [info.times[index] if info.times else index / fps for index in indices]
             clip["source"] = f"{total} frames, {fps:.4g} fps, {total / fps:.4g} s"
         elif part["type"] == "frames":
             taken = torch.linspace(0, len(part["files"]) - 1, min(2 * t, len(part["files"]))).round().tolist()
