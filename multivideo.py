@@ -800,18 +800,50 @@ def say(message: str):
 
 # The one schema. A part's `files` holds one path (video, image) or several (frames: images that make one video).
 PART = {"type": pa.string(), "text": pa.string(), "files": pa.list_(pa.string()),
-        "fps": pa.float64(), "nframes": pa.int64(), "start": pa.float64(), "end": pa.float64(),
-        "min_pixels": pa.int64(), "max_pixels": pa.int64(),
+        "fps": pa.float64(), "nframes": pa.int64(), "min_frames": pa.int64(), "max_frames": pa.int64(),
+        "start": pa.float64(), "end": pa.float64(),
+        "min_pixels": pa.int64(), "max_pixels": pa.int64(), "total_pixels": pa.int64(),
         "resized_width": pa.int64(), "resized_height": pa.int64()}  # fmt: skip
-MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(pa.struct(PART))}))
+OPTIONS = tuple(PART)[3:]  # of a video or image, or at the record's top level of all its videos
+# A turn's `train` is false where the answer is not learned, else null.
+MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(pa.struct(PART)), "train": pa.bool_()}))
 CONVERSATION = pa.schema({"id": pa.string(), "messages": MESSAGES})
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # of an assistant turn
 OPTION_ALIASES = {"video_start": "start", "video_end": "end"}
+OTHER_NAMES = {"prompt": ("question", "input", "problem_text", "user"),
+               "completion": ("answer", "output", "response", "caption", "target", "assistant")}  # fmt: skip
+TRAIN_FIELDS = ("loss", "weight", "train", "training")  # of a turn: whether its answer is learned
+# Fields that would change what is learned, are not read, and are therefore refused: what to do instead.
+REFUSED_FIELDS = {
+    "tools": "tool definitions are not rendered: write them into the system text",
+    "history": "write the earlier turns as turns of the conversation",
+    "mask_history": "give the earlier answers 'loss': false, or use --train_on last",
+    "chat_template_kwargs": "the chat template takes no options here: write the text as the model is to see it",
+    "audio": "these models do not hear: remove it",
+    "audios": "these models do not hear: remove it",
+    "objects": "write the boxes or points into the text, in the model's notation",
+    "reward_model": "write its ground_truth as a field of the record: 'solution'",
+    "system_prompt": "rename it to 'system'",
+    "system_message": "rename it to 'system'",
+    "rejected_messages": "write both answers as 'chosen' and 'rejected'",
+    "weight": "records have no weights: repeat the record instead",
+    "margin": "there is no margin per pair: remove it",
+    "rejected_videos": "both answers are to the same videos: make two records, or remove it",
+    "rejected_images": "both answers are to the same images: make two records, or remove it",
+    "timestamps": "times come from the files; for a part of a video give 'start' and 'end'",
+}
+REFUSED_TURN_FIELDS = {
+    "loss_scale": "answers are learned or not: give 'loss': true or false",
+    "tool_calls": "the models' chat template has no place for it: write the calls into the text",
+    "function_call": "the models' chat template has no place for it: write the call into the text",
+}
 CONTROL_TOKENS = re.compile(r"<\|(?:(?:video|image|vision)_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")
-TAG = re.compile(r"(?:\r?\n)?<(video|image)>(?:\r?\n)?")  # a tag takes one newline on each side with it
-ODD_TAG = re.compile(r"<\s*/?(?:video|image)s?[\s_-]*\d*\s*/?>", re.IGNORECASE)  # meant as a tag
+# A tag takes one newline on each side with it. Behind a backslash it is text: \<video> becomes <video>.
+TAG = re.compile(r"((?:\r?\n)?(?<!\\)<(video|image)>(?:\r?\n)?)")
+ESCAPED_TAG = re.compile(r"\\(<(?:video|image|audio)>)")
+ODD_TAG = re.compile(r"(?<!\\)<\s*/?(?:video|image)s?[\s_-]*\d*\s*/?>", re.IGNORECASE)  # meant as a tag
 ODD_FIELD = re.compile(r"(?:vid[eo]{2}s?|images?|imgs?)(?:[_-]?(?:paths?|files?|list|urls?|\d+))?", re.IGNORECASE)
 CLIP_SUFFIXES, STILL_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm"), (".jpg", ".jpeg", ".png", ".bmp")
 MAX_COMPLAINTS = 20
@@ -822,6 +854,7 @@ def normalize_conversation(record: dict, where: str) -> dict:
 
     Accepted: `conversations` (`from`/`value`) or `messages` (`role`/`content`, content a text or a list of parts),
     with `<video>`/`<image>` tags filled in order from `video`/`videos`/`image`/`images`, or parts that carry paths.
+    `system` is the system turn's text. OPTIONS beside the turns go to every video of the record.
 
     Raises:
         ValueError: names the record, the field, what was found, what was expected and the mend.
@@ -829,18 +862,28 @@ def normalize_conversation(record: dict, where: str) -> dict:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a record must be an object with named fields, got {_short(record)}")
     try:
-        media = {kind: [_media_part(kind, item) for item in _media_list(record, kind)] for kind in ("video", "image")}
+        refuse_fields(record, REFUSED_FIELDS)
+        names = (*OPTIONS, *OPTION_ALIASES, "sample_fps")
+        options = {key: record[key] for key in names if record.get(key) is not None}
+        media = {kind: [_media_part(kind, item, options) for item in _media_list(record, kind)]
+                 for kind in ("video", "image")}  # fmt: skip
         check_fields(record, ("conversations", "messages"))
-        messages = [normalize_turn(turn, i) for i, turn in enumerate(_turns(record))]
+        messages = [normalize_turn(turn, i, options) for i, turn in enumerate(_turns(record))]
+        _add_system(messages, record.get("system"))
         placed = {part["type"] for message in messages for part in message["content"] if part["files"]}
         for kind in media:
             if not placed & {kind, "frames" if kind == "video" else kind}:
                 check_fields(record, (kind, f"{kind}s"))
         _fill_tags(messages, media)
+        kinds = {part["type"] for message in messages for part in message["content"]}
+        if options and not kinds & {"video", "frames"}:
+            raise ValueError(f"field {next(iter(options))!r} is an option of the record's videos, but it has none: "
+                             "remove or rename the field")  # fmt: skip
         odd = [key for key, value in record.items() if ODD_FIELD.fullmatch(str(key))
-               and not _absent(value) and not isinstance(value, (int, float))]  # fmt: skip
-        if odd and all(part["type"] == "text" for message in messages for part in message["content"]):
-            raise ValueError(f"field {odd[0]!r} is not one that is read: name it 'video' or 'image', or drop it")
+               and not absent(value) and not isinstance(value, (int, float))]  # fmt: skip
+        for key in odd:  # a second name of the videos that are there is harmless
+            if not kinds & ({"image"} if key.lower().startswith("im") else {"video", "frames"}):
+                raise ValueError(f"field {key!r} is not one that is read: name it 'video' or 'image', or drop it")
         first = messages[messages[0]["role"] == "system"]["role"] if len(messages) > 1 else messages[0]["role"]
         if first != "user":
             raise ValueError(f"the first turn after any system turn must be the user's, got {first!r}")
@@ -849,12 +892,84 @@ def normalize_conversation(record: dict, where: str) -> dict:
     return {"id": str(record.get("id") if record.get("id") is not None else where), "messages": messages}
 
 
+def refuse_fields(fields: dict, refused: dict[str, str]):
+    """Refuse what is not read although it would change what is learned; `refused` says what to do instead.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for key, fix in refused.items():
+        if not absent(fields.get(key)):
+            raise ValueError(f"field {key!r} is not read, got {_short(fields[key])}: {fix}")
+
+
+def rename_fields(record: dict) -> dict:
+    """A record in the fields of ms-swift, alpaca or Video-R1, with `prompt`, `completion` and `video` or `image`.
+
+    ms-swift has `query` and `response`; alpaca `instruction`, `input` and `output`; Video-R1 `problem`, `options`,
+    `path`, `data_type`, `process` and `solution`. Other records, and those with turns, are returned as they are.
+
+    Raises:
+        ValueError: a field is no text, or two of these forms are mixed.
+    """
+    asked = [key for key in ("query", "instruction", "problem") if not absent(record.get(key))]
+    if not asked or any(not absent(record.get(key)) for key in ("prompt", "conversations", "messages")):
+        return record
+    if len(asked) > 1:
+        raise ValueError(f"fields {asked[0]!r} and {asked[1]!r} are both there: keep the one with the question")
+
+    def take(key):
+        value = rest.pop(key, None)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"field {key!r} must be a text, got {_short(value)}")
+        return value or ""
+
+    rest = dict(record)
+    prompt = take(asked[0])
+    if asked[0] == "query":
+        completion = take("response")
+    elif asked[0] == "instruction":
+        prompt, completion = "\n".join(filter(None, [prompt, take("input")])), take("output")
+    else:
+        options = rest.pop("options", None) or []
+        prompt = "\n".join([prompt, "Options:", *map(str, options)]) if options else prompt
+        completion = "\n".join(filter(None, [take("process"), rest["solution"]])) if rest.get("solution") else ""
+        if path := take("path"):
+            still = path.lower().endswith(STILL_SUFFIXES)
+            rest[rest.get("data_type") or ("image" if still else "video")] = path
+    return {**rest, "prompt": prompt, **({"completion": completion} if completion else {})}
+
+
+def prompt_turns(prompt) -> list:
+    """The turns of a field `prompt`, which is a text or a list of turns."""
+    return list(prompt) if isinstance(prompt, (list, tuple)) else [{"role": "user", "content": prompt}]
+
+
+def completion_turns(completion) -> list:
+    """The turns of a field `completion`: a text, a turn or a list of turns."""
+    turns = [completion] if isinstance(completion, dict) else completion
+    return list(turns) if isinstance(turns, (list, tuple)) else [{"role": "assistant", "content": turns}]
+
+
+def _add_system(messages, system):
+    """Put the text of the record's field `system` before the turns."""
+    if system is None or system == "":
+        return
+    if not isinstance(system, str):
+        raise ValueError(f"field 'system' must be a text, got {_short(system)}")
+    turn = normalize_turn({"role": "system", "content": system}, 0)
+    if messages[0]["role"] != "system":
+        messages.insert(0, turn)
+    elif messages[0] != turn:
+        raise ValueError("there is a field 'system' and a system turn, which differ: keep one of them")
+
+
 def _short(value):
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '…'}"
 
 
-def _absent(value):
+def absent(value):
     """Null, an empty list, or a struct of nulls, as which Arrow may hand out what a record does not have."""
     fields = value.values() if isinstance(value, dict) else [value]
     return all(item is None or (isinstance(item, (list, tuple)) and not item) for item in fields)
@@ -870,11 +985,11 @@ def check_fields(record: dict, *needed: tuple[str, ...], where: str | None = Non
     """
     read = {name for names in needed for name in names}
     for names in needed:
-        if any(not _absent(record.get(name)) for name in names):
+        if any(not absent(record.get(name)) for name in names):
             continue
         for key, value in record.items():
             counted = names[0] in ("video", "image") and isinstance(value, (int, float))  # no path: how many, which
-            if key in read or _absent(value) or counted:
+            if key in read or absent(value) or counted:
                 continue
             if meant := next((name for name in names if _nearly(str(key), name)), None):
                 place = f"{where}: " if where else ""
@@ -903,7 +1018,11 @@ def _turns(record):
     present = [key for key in ("conversations", "messages") if record.get(key) is not None]
     if not present:
         found = ", ".join(map(str, record)) or "(none)"
-        raise ValueError(f"no 'conversations' or 'messages' (its fields: {found}): add one of them, with the turns")
+        names = {ours: next((key for key in others if record.get(key) is not None), None)
+                 for ours, others in OTHER_NAMES.items()}  # fmt: skip
+        rewrite = ", ".join(f"rename {key!r} to {ours!r}" for ours, key in names.items() if key)
+        raise ValueError(f"no 'conversations' or 'messages' (its fields: {found}): "
+                         + (rewrite or "add one of them, with the turns"))  # fmt: skip
     if len(present) > 1:
         raise ValueError("fields 'conversations' and 'messages' are both there: keep exactly one of them")
     turns = record[present[0]]
@@ -913,20 +1032,34 @@ def _turns(record):
 
 
 def _media_list(record, kind):
-    present = [key for key in (kind, f"{kind}s") if not _absent(record.get(key))]
+    present = [key for key in (kind, f"{kind}s") if not absent(record.get(key))]
     if len(present) > 1:
         raise ValueError(f"fields {present[0]!r} and {present[1]!r} are both there: keep one of them")
     value = record[present[0]] if present else []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _media_part(kind, item):
-    """One video or image as a PART: a path, a dict with options, or (video) a list of frame images."""
-    options = {}
+def _media_part(kind, item, shared=None):
+    """One video or image as a PART: a path, a dict with options, or (video) a list of frame images.
+
+    `shared`: options that the record gives to all its videos.
+    """
+    shared, options = shared if shared and kind == "video" else {}, {}
+    if shared and not isinstance(item, dict):
+        item = {"video": item}
     if isinstance(item, dict):
-        given = {
-            OPTION_ALIASES.get(key, key): value for key, value in item.items() if value is not None and key != "type"
-        }
+        given, beside = {}, [("for all the record's videos and for this one", shared), ("twice", item)]
+        for i, (_, fields) in enumerate(beside):
+            for key, value in fields.items():
+                if value is None or key == "type":
+                    continue
+                name = OPTION_ALIASES.get(key, key)
+                if name == "sample_fps" and isinstance(item.get(kind), (list, tuple)):
+                    name = "fps"  # Qwen's name of the rate at which the frames of a list were taken
+                if name in given:
+                    raise ValueError(f"{kind}: option {key!r} is given {beside[given[name][0]][0]}: keep one of them")
+                given[name] = i, value
+        given = {name: value for name, (_, value) in given.items()}
         if "bytes" in given:
             raise ValueError(
                 f"{kind}: decoded or embedded media is not read, got a field 'bytes': give the file's path"
@@ -938,8 +1071,11 @@ def _media_part(kind, item):
             )
         item = given.pop(source[0])
         for key, value in given.items():
-            if key not in PART or key in ("type", "text", "files"):
-                raise ValueError(f"{kind} {_short(item)}: unknown option {key!r}; known: {', '.join(list(PART)[3:])}")
+            if key == "sample_fps":
+                raise ValueError(f"{kind} {_short(item)}: option 'sample_fps' is the rate of a list of frame images; "
+                                 "for a video file give 'fps'")  # fmt: skip
+            if key not in OPTIONS:
+                raise ValueError(f"{kind} {_short(item)}: unknown option {key!r}; known: {', '.join(OPTIONS)}")
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a number, got {_short(value)}")
             if not 0 <= value < 2**53 or (value == 0 and key not in ("start", "end")):
@@ -947,14 +1083,18 @@ def _media_part(kind, item):
             if PART[key] == pa.int64() and value != int(value):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a whole number, got {value}")
             options[key] = int(value) if PART[key] == pa.int64() else float(value)
-        if options.get("nframes") == 1:
-            raise ValueError(f"{kind} {_short(item)}: option 'nframes' 1: the fewest is 2, one temporal patch")
+        for key in ("nframes", "max_frames"):
+            if options.get(key) == 1:
+                raise ValueError(f"{kind} {_short(item)}: option {key!r} 1: the fewest is 2, one temporal patch")
+        if options.get("min_frames", 0) > options.get("max_frames", math.inf):
+            raise ValueError(f"{kind} {_short(item)}: options: 'min_frames' is above 'max_frames': swap them")
         if options.get("start", 0) >= options.get("end", math.inf):
             raise ValueError(f"{kind} {_short(item)}: options: 'end' {options['end']} s is not after 'start'")
         if options.get("min_pixels", 0) > options.get("max_pixels", math.inf):
             raise ValueError(f"{kind} {_short(item)}: options: 'min_pixels' is above 'max_pixels': swap them")
-        if "fps" in options and "nframes" in options:
-            raise ValueError(f"{kind} {_short(item)}: options 'fps' and 'nframes' contradict each other: keep one")
+        if rate := [key for key in ("fps", "min_frames", "max_frames") if key in options and "nframes" in options]:
+            raise ValueError(f"{kind} {_short(item)}: options {rate[0]!r} and 'nframes' contradict each other: keep "
+                             "one")  # fmt: skip
         if ("resized_width" in options) != ("resized_height" in options):
             raise ValueError(f"{kind} {_short(item)}: 'resized_width' and 'resized_height' go together: give both")
     frames = isinstance(item, (list, tuple)) and kind == "video"
@@ -980,7 +1120,7 @@ def _media_part(kind, item):
                 f"{kind} {path!r}: a relative path may not climb out of --image_folder: give an absolute one"
             )
     sizes = {"min_pixels", "max_pixels", "resized_width", "resized_height"}
-    meaning = sizes if kind == "image" else sizes | {"fps"} if frames else set(options)
+    meaning = sizes if kind == "image" else {*sizes, "total_pixels", "fps"} if frames else set(options)
     if unused := set(options) - meaning:
         what = "an image" if kind == "image" else "a list of frame images"
         raise ValueError(f"{kind} {_short(item)}: option {sorted(unused)[0]!r} means nothing for {what}: drop it")
@@ -991,8 +1131,10 @@ def _part(kind, **values):
     return {**dict.fromkeys(PART), "type": kind, "files": [], **values}
 
 
-def normalize_turn(turn: dict, i: int) -> dict:
-    """Turn number `i` as `{"role", "content"}` of the schema; tags become parts without files, to be filled.
+def normalize_turn(turn: dict, i: int, options: dict | None = None) -> dict:
+    """Turn number `i` as `{"role", "content", "train"}` of the schema; tags become parts without files, to be filled.
+
+    `options` go to each video in it. `train` is False for an answer that is not learned, else None.
 
     Raises:
         ValueError: names the turn, what was found, what was expected and the mend.
@@ -1006,6 +1148,10 @@ def normalize_turn(turn: dict, i: int) -> dict:
         raise ValueError(f"turn {i}: {role_key!r} must be one of {', '.join(ROLES)}, got {_short(role)}")
     if ROLES[role] == "system" and i > 0:
         raise ValueError(f"turn {i}: the system turn must come first: move it there")
+    for key, fix in REFUSED_TURN_FIELDS.items():
+        if not absent(turn.get(key)):
+            raise ValueError(f"turn {i}: field {key!r} is not read, got {_short(turn[key])}: {fix}")
+    train = _train_flag(turn, i, ROLES[role])
     if ROLES[role] == "assistant":
         _check_reasoning(turn, i)
         for part in content if isinstance(content, (list, tuple)) else []:
@@ -1013,12 +1159,12 @@ def normalize_turn(turn: dict, i: int) -> dict:
     parts = []
     for part in content if isinstance(content, (list, tuple)) else [content]:
         if isinstance(part, dict):
-            given = {key for key, value in part.items() if not _absent(value)} - {"type"}
+            given = {key for key, value in part.items() if not absent(value)} - {"type"}
             kind = part.get("type") or next((key for key in ("video", "image") if key in given), "text")
             if kind not in ("text", "video", "image"):
                 raise ValueError(f"turn {i}: the type of a part must be text, video or image, got {_short(kind)}")
             if kind != "text":
-                parts.append(_media_part(kind, part) if given else _part(kind))
+                parts.append(_media_part(kind, part, options) if given else _part(kind))
                 continue
             if more := sorted(given & {"video", "image", "videos", "images", "path", "url"}):
                 raise ValueError(f"turn {i}: a text part with the field {more[0]!r}: make that a part of its own")
@@ -1031,31 +1177,61 @@ def normalize_turn(turn: dict, i: int) -> dict:
                              "video is written <video>, that of an image <image>)")  # fmt: skip
         if found := re.search("[\ud800-\udfff]", text):
             raise ValueError(f"turn {i}: the text has half a character, {found[0]!r}: write the text as UTF-8 again")
-        pieces = TAG.split(text)  # text, kind, text, kind, … text
-        parts += [_part(piece) if k % 2 else _part("text", text=piece) for k, piece in enumerate(pieces) if piece]
-    return {"role": ROLES[role], "content": parts}
+        if ROLES[role] != "assistant" and (found := re.search(r"(?<!\\)<audio>", text)):
+            raise ValueError(f"turn {i}: the tag <audio> in the text: these models do not hear; remove it, or write "
+                             "\\<audio> for the word itself")  # fmt: skip
+        pieces = TAG.split(text)  # text, tag with its newlines, kind, text, …, text
+        parts += [_part(pieces[k], text=pieces[k - 1]) if k % 3 == 2 else _part("text", text=pieces[k])
+                  for k in range(len(pieces)) if k % 3 != 1 and pieces[k]]  # fmt: skip
+    return {"role": ROLES[role], "content": parts, "train": train}
+
+
+def _train_flag(turn, i, role):
+    """False if a turn's TRAIN_FIELDS say that it is not learned, else None."""
+    given = {key: turn[key] for key in TRAIN_FIELDS if turn.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1):  # true and false are 1 and 0
+            raise ValueError(f"turn {i}: field {key!r} must be true or false (or 1 or 0), got {_short(value)}: an "
+                             "answer is learned or not, there are no other weights")  # fmt: skip
+        if value and role != "assistant":
+            raise ValueError(f"turn {i}: field {key!r} is true on a {role} turn: only the assistant's are learned; "
+                             "remove it")  # fmt: skip
+    if len(set(map(bool, given.values()))) > 1:
+        raise ValueError(f"turn {i}: fields {' and '.join(map(repr, given))} contradict each other: keep one of them")
+    return False if role == "assistant" and given and not any(given.values()) else None
 
 
 def _check_reasoning(fields, i):
     """Refuse reasoning in a field of its own: the chat templates of Qwen2-VL and Qwen2.5-VL would leave it out."""
     for key in REASONING_FIELDS if isinstance(fields, dict) else ():
         value = fields.get(key)
-        if value and not _absent(value) and (not isinstance(value, str) or value.strip()):
+        if value and not absent(value) and (not isinstance(value, str) or value.strip()):
             raise ValueError(f"turn {i}: field {key!r} of the assistant's turn, got {_short(value)}: the models' chat "
                              "template has no place for it: write it into the answer's text, for example "
                              "<think>…</think> before the answer, or remove the field")  # fmt: skip
 
 
 def _fill_tags(messages, media):
-    """Put the record's videos and images into its tags, in order; without any tag they all go first, in order."""
-    slots = {kind: [part for message in messages for part in message["content"]
-                    if part["type"] == kind and not part["files"]] for kind in media}  # fmt: skip
-    odd = next((found[0] for message in messages for part in message["content"] if part["type"] == "text"
-                if (found := ODD_TAG.search(part["text"]))), None)  # fmt: skip
+    """Put the record's videos and images into its tags, in order; without any tag they all go first, in order.
+
+    Tags in answers are text unless the other turns have some of the clips, but too few tags for all of them.
+    """
+    parts = [(message, part) for message in messages for part in message["content"]]
+    slots = {kind: [pair for pair in parts if pair[1]["type"] == kind and not pair[1]["files"]] for kind in media}
+    asked = {kind: [pair for pair in slots[kind] if pair[0]["role"] != "assistant"] for kind in media}
+    for kind, items in media.items():
+        if len(asked[kind]) == len(items) or not any(asked.values()):
+            for message, part in slots[kind]:
+                if message["role"] == "assistant" and part["text"] is not None:
+                    part["type"] = "text"
+            slots[kind] = [pair for pair in slots[kind] if pair[1]["type"] == kind]
+    odd = next((found[0] for message, part in parts if part["type"] == "text" and message["role"] != "assistant"
+                and (found := ODD_TAG.search(part["text"]))), None)  # fmt: skip
     if not slots["video"] and not slots["image"] and (media["video"] or media["image"]):
         if odd:
-            raise ValueError(f"the text has {odd}, which is no tag: write <video> or <image>, or take it out")
-        placed = {part["type"] for message in messages for part in message["content"]}
+            raise ValueError(f"the text has {odd}, which is no tag: write <video> or <image>, or take it out (as a "
+                             f"word: \\{odd})")  # fmt: skip
+        placed = {part["type"] for _, part in parts}
         for kind in media:
             if media[kind] and placed & {kind, "frames" if kind == "video" else kind}:
                 raise ValueError(f"there are {kind}s in the turns and under {kind!r} of the record: keep one of them")
@@ -1063,15 +1239,26 @@ def _fill_tags(messages, media):
         if first is None:
             raise ValueError("there are videos or images but no user turn to put them in: add one")
         first["content"][:0] = media["video"] + media["image"]
-        return
-    for kind, items in media.items():
-        if len(slots[kind]) != len(items):
-            mend = (f"write one tag per {kind}, or no tag at all to put everything first" if items else
-                    f"name the {kind}s under {kind!r}, or take the tag out of the text")  # fmt: skip
-            raise ValueError(f"{len(slots[kind])} <{kind}> tags for {len(items)} {kind}s: {mend}"
-                             + (f" ({odd} is no tag)" if odd else ""))  # fmt: skip
-        for slot, item in zip(slots[kind], items):
-            slot.update(item)
+    else:
+        for kind, items in media.items():
+            if len(slots[kind]) != len(items):
+                mend = (f"write one tag per {kind}, or no tag at all to put everything first" if items else
+                        f"name the {kind}s under {kind!r}, or take the tag out of the text (as a word: "
+                        f"\\<{kind}>)")  # fmt: skip
+                raise ValueError(f"{len(slots[kind])} <{kind}> tags for {len(items)} {kind}s: {mend}"
+                                 + (f" ({odd} is no tag)" if odd else ""))  # fmt: skip
+            for (_, slot), item in zip(slots[kind], items):
+                slot.update(item)
+    for message in messages:
+        message["content"] = plain_text(message["content"])
+
+
+def plain_text(parts: list[dict], tags: bool = False) -> list[dict]:
+    """The parts with escaped tags without their backslash; with `tags`, tags that are not filled as text too."""
+    if tags:
+        parts = [{**part, "type": "text"} if part["text"] is not None else part for part in parts]
+    return [{**part, "text": ESCAPED_TAG.sub(r"\1", part["text"])} if part["type"] == "text" else part
+            for part in parts]  # fmt: skip
 
 
 def read_records(source: str):
@@ -1400,13 +1587,13 @@ def target_size(part: dict, height: int, width: int, num_frames: int, args, fact
     def option(name):
         return part[name] if part[name] is not None else getattr(args, f"{kind}_{name}")
 
-    own_pixels = part["min_pixels"] is not None or part["max_pixels"] is not None
+    own_pixels = any(part[name] is not None for name in ("min_pixels", "max_pixels", "total_pixels"))
     if part["resized_width"] is not None or (not own_pixels and option("resized_width") is not None):
         return smart_resize(option("resized_height"), option("resized_width"), factor,
                             IMAGE_MIN_TOKENS * factor**2, IMAGE_MAX_TOKENS * factor**2)  # fmt: skip
     min_pixels, max_pixels = option("min_pixels"), option("max_pixels")
     if kind == "video":
-        share = VIDEO_TOTAL_TOKENS * factor**2 / math.ceil(num_frames / FRAME_FACTOR)
+        share = (part["total_pixels"] or VIDEO_TOTAL_TOKENS * factor**2) / math.ceil(num_frames / FRAME_FACTOR)
         limit = max(min(VIDEO_MAX_TOKENS_PER_FRAME * factor**2, share), int(min_pixels * 1.05))
         max_pixels = min(max_pixels, limit)
     return smart_resize(height, width, factor, min(min_pixels, max_pixels), max_pixels)
@@ -1449,10 +1636,13 @@ def sample_frames(
     available = last - first + 1
     wanted = part["nframes"] or (None if part["fps"] else args.nframes)
     if wanted is not None:
-        count = min(round(wanted / FRAME_FACTOR) * FRAME_FACTOR, available)
+        fewest, most = part["min_frames"] or 0, part["max_frames"] or available
+        wanted = round(wanted / FRAME_FACTOR) * FRAME_FACTOR
     else:
-        most = math.floor(min(args.max_frames, available) / FRAME_FACTOR) * FRAME_FACTOR
-        count = min(max(seconds * (part["fps"] or args.fps), args.min_frames), most)
+        fewest, most = part["min_frames"] or args.min_frames, part["max_frames"] or args.max_frames
+        wanted = seconds * (part["fps"] or args.fps)
+        most = math.floor(min(most, available) / FRAME_FACTOR) * FRAME_FACTOR
+    count = min(max(wanted, math.ceil(fewest / FRAME_FACTOR) * FRAME_FACTOR), most)
     count = math.floor(min(count, available, at_most or available) / FRAME_FACTOR) * FRAME_FACTOR or 1
     if times:
         return _shown_at(times, np.linspace(begin, stop, count)), count / seconds
@@ -2145,7 +2335,7 @@ class Encoder:
         encoded = self.tokenizer(text[len(before) :], return_offsets_mapping=True, add_special_tokens=False)
         input_ids, labels = encoded["input_ids"], [-100] * len(encoded["input_ids"])
         for i, message in enumerate(turns):
-            if message["role"] != "assistant" or i < first:
+            if message["role"] != "assistant" or i < first or message.get("train") is False:
                 continue
             start = self.render(turns[:i], add_generation_prompt=True)
             end = text if i + 1 == len(turns) else self.render(turns[: i + 1])

@@ -203,6 +203,8 @@ def metric_sums(logps: torch.Tensor, ref_logps: torch.Tensor, beta: float) -> to
 def normalize_record(record: dict, where: str) -> dict:
     """Two answers to one prompt, as `{"id", "messages", "completions": [chosen, rejected]}` of the schema FEATURES.
 
+    Read as well: ms-swift's `rejected_response`, and the prompts of mv.rename_fields.
+
     `chosen` and `rejected` are texts, or turns that follow the `prompt` (a text or turns, which `messages` or
     `conversations` may hold as well), or without it whole conversations, whose common leading turns are the prompt.
 
@@ -212,6 +214,7 @@ def normalize_record(record: dict, where: str) -> dict:
     if not isinstance(record, dict):
         return mv.normalize_conversation(record, where)  # which refuses it
     try:
+        record = _with_rejected_response(mv.rename_fields(record))
         mv.check_fields(record, ("chosen",), ("rejected",))
         answers = [_answer(record, name) for name in ("chosen", "rejected")]
         prompts = [name for name in ("prompt", "messages", "conversations") if record.get(name) is not None]
@@ -223,7 +226,7 @@ def normalize_record(record: dict, where: str) -> dict:
         elif prompt is None:
             mv.check_fields(record, ("prompt", "messages", "conversations"))
             raise ValueError("field 'prompt' is missing: give it, or begin 'chosen' and 'rejected' with its turns")
-        prompt = prompt if isinstance(prompt, (list, tuple)) else [{"role": "user", "content": prompt}]
+        prompt = mv.prompt_turns(prompt)
         completions = [_completion(answer, name) for answer, name in zip(answers, ("chosen", "rejected"))]
         if completions[0] == completions[1]:
             raise ValueError("'chosen' and 'rejected' are the same, so there is nothing to learn: drop the record")
@@ -234,6 +237,24 @@ def normalize_record(record: dict, where: str) -> dict:
     if row["messages"][-1]["role"] != "user":
         raise ValueError(f"{where}: the prompt must end with a user turn, got {row['messages'][-1]['role']!r}")
     return {**row, "completions": completions}
+
+
+def _with_rejected_response(record):
+    """ms-swift's pairs: `rejected_response` beside `response` or turns that end with the chosen answer."""
+    if record.get("rejected_response") is None:
+        return record
+    if both := [key for key in ("chosen", "rejected") if record.get(key) is not None]:
+        raise ValueError(f"fields 'rejected_response' and {both[0]!r} are both there: keep one form of the pair")
+    rest = {key: value for key, value in record.items() if key not in ("completion", "rejected_response")}
+    chosen = record.get("completion")
+    for key in ("messages", "conversations"):
+        turns = record.get(key)
+        if chosen is None and isinstance(turns, (list, tuple)) and len(turns) > 1 and isinstance(turns[-1], dict):
+            rest[key], chosen = list(turns[:-1]), [turns[-1]]
+    if chosen is None:
+        raise ValueError("field 'rejected_response' without the chosen answer: expected 'response', or turns that end "
+                         "with it")  # fmt: skip
+    return {**rest, "chosen": chosen, "rejected": record["rejected_response"]}
 
 
 def _role(turn):
@@ -273,6 +294,7 @@ def _completion(turns, name):
     """The turns of one answer in the schema: text only, from an assistant turn to an assistant turn."""
     try:
         turns = [mv.normalize_turn(turn, i) for i, turn in enumerate(turns)]
+        turns = [{**turn, "content": mv.plain_text(turn["content"], tags=True)} for turn in turns]
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
     for i, turn in enumerate(turns):
@@ -284,6 +306,8 @@ def _completion(turns, name):
                              "the assistant's first")  # fmt: skip
         if turn["role"] == "assistant" and not any((part["text"] or "").strip() for part in turn["content"]):
             raise ValueError(f"{name!r}: an assistant ('gpt') turn without text: write the answer or drop the record")
+    if all(turn.get("train") is False for turn in turns if turn["role"] == "assistant"):
+        raise ValueError(f"{name!r}: no answer in it is learned, all have 'loss': false: drop the record")
     if turns[-1]["role"] != "assistant":
         raise ValueError(f"{name!r}: the last turn must be the assistant's, got {turns[-1]['role']!r}")
     return turns

@@ -188,13 +188,14 @@ RECORD = pa.schema([
 ])  # fmt: skip
 READ = ("prompt", "completion", "conversations", "messages", "video", "videos", "image", "images")  # no columns
 REFERENCES = ("solution", "answer", "ground_truth", "reference")
+COLUMNS = ("weight", "margin", "objects", "timestamps")  # refused elsewhere; here reward functions may use them
 
 
 def reference_beside(fields: dict, where: str) -> str | None:
     """The first of REFERENCES that a record has, as a text; None if it has none."""
     for key in REFERENCES:
         value = fields.get(key)
-        if mv._absent(value):
+        if mv.absent(value):
             continue
         if not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf) or value != value:
             raise ValueError(f"{where}: field {key!r}: the reference answer must be a text or a number, got "
@@ -208,30 +209,54 @@ def reference_beside(fields: dict, where: str) -> str | None:
     return None
 
 
+def completion_text(completion, where: str) -> str:
+    """The text of a record's `completion`, which is a text or the assistant's turn."""
+    try:
+        turns = [mv.normalize_turn(turn, i) for i, turn in enumerate(mv.completion_turns(completion))]
+    except ValueError as error:
+        raise ValueError(f"{where}: field 'completion': {error}") from None
+    parts = [part for turn in turns for part in mv.plain_text(turn["content"], tags=True)]
+    if len(turns) != 1 or turns[0]["role"] != "assistant" or any(part["type"] != "text" for part in parts):
+        raise ValueError(f"{where}: field 'completion' must be one answer, a text, got {completion!r:.80}")
+    if not (text := "".join(part["text"] for part in parts)).strip():
+        raise ValueError(f"{where}: field 'completion': the reference answer is empty: write it or drop the record")
+    return text
+
+
 def normalize_record(record: dict, where: str) -> dict:
     """A prompt, its reference answer and all other columns, in the schema RECORD.
 
     The prompt is `prompt`, a text or a list of turns; or all before the first assistant turn of a conversation (the
-    column `assistant`). The reference is the first of REFERENCES that the record has, else that turn. Beside one of
+    column `assistant`), or in one of the forms of mv.rename_fields. The reference is the first of REFERENCES that the
+    record has, else the `completion` or that turn. Beside one of
     REFERENCES, a conversation that ends with a user turn is the prompt as a whole.
 
     Raises:
         ValueError: names the record, the field, what was found, what was expected and the mend.
     """
+    try:
+        record = mv.rename_fields(record) if isinstance(record, dict) else record
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     fields = record if isinstance(record, dict) else {}
     columns = {key: value for key, value in fields.items() if key not in READ}
     prompt, reference, left_out = fields.get("prompt"), reference_beside(fields, where), []
+    passed_on = COLUMNS if reference is None else (*COLUMNS, "reward_model")
+    asked = {key: value for key, value in fields.items() if key not in passed_on}
     mv.check_fields(fields, ("prompt", "conversations", "messages"), where=where)
     if prompt is not None:
         if both := [key for key in ("conversations", "messages") if fields.get(key) is not None]:
             raise ValueError(f"{where}: fields 'prompt' and {both[0]!r} are both there: keep one of them")
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        row = mv.normalize_conversation({**record, "messages": turns}, where)
+        row = mv.normalize_conversation({**asked, "messages": mv.prompt_turns(prompt)}, where)
         if row["messages"][-1]["role"] != "user":
             raise ValueError(f"{where}: 'prompt' must end with a user turn: put the answer into a column of its own, "
                              f"such as {REFERENCES[0]!r}")  # fmt: skip
+        if not mv.absent(fields.get("completion")):
+            answer = completion_text(fields["completion"], where)
+            columns["assistant"] = {"role": "assistant", "content": answer}
+            reference = answer if reference is None else reference
     else:
-        row = mv.normalize_conversation(record, where)
+        row = mv.normalize_conversation(asked if fields else record, where)
         roles = [message["role"] for message in row["messages"]]
         if "assistant" in roles and (reference is None or roles[-1] == "assistant"):
             i = roles.index("assistant")
@@ -594,7 +619,7 @@ def _assistant(own, as_text, convert):
     value = own.get("assistant")
     is_message = isinstance(value, dict) and "content" in value
     answer = value["content"] if is_message else value
-    if mv._absent(answer) or (isinstance(answer, str) and not answer.strip()):
+    if mv.absent(answer) or (isinstance(answer, str) and not answer.strip()):
         answer, convert = own["reference"], True
     elif not convert or is_message != as_text:
         return value

@@ -24,6 +24,7 @@ import resource
 import time
 import zlib
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import multivideo as mv
@@ -35,7 +36,11 @@ from tqdm import tqdm
 
 @dataclass
 class SFTArguments(mv.TrainingArguments):
-    """All flags are the shared ones."""
+    """The shared flags, and which answers are learned."""
+
+    train_on: str = mv.arg(
+        "all", "Answers of a conversation that are learned: all, or the last one.", choices=["all", "last"]
+    )
 
     def objective(self) -> str:
         """For the model card."""
@@ -47,15 +52,47 @@ def sft_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -mv.token_logps(logits, targets).sum() if len(targets) else logits.sum() * 0.0
 
 
-def normalize_record(record: dict, where: str) -> dict:
-    """A record with something to learn from: every assistant turn has text."""
+def normalize_record(record: dict, where: str, train_on: str = "all") -> dict:
+    """A record with something to learn from: every assistant turn has text, and at least one is learned.
+
+    Beside conversations: `prompt` with `completion` (as in TRL, nothing in the prompt is learned), and the forms of
+    mv.rename_fields. With `train_on` "last" only the last answer is learned.
+
+    Raises:
+        ValueError: names the record, the field, what was found, what was expected and how to fix it.
+    """
+    if isinstance(record, dict):
+        try:
+            record = as_conversation(mv.rename_fields(record))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     row = mv.normalize_conversation(record, where)
     answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
     if not answers:
         raise ValueError(f"{where}: no assistant ('gpt') turn, so there is nothing to learn; add the answer")
     if not all(any((part["text"] or "").strip() for part in answer) for answer in answers):
         raise ValueError(f"{where}: an assistant ('gpt') turn without text; write the answer or drop the record")
+    learned = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    for turn in learned[:-1] if train_on == "last" else []:
+        turn["train"] = False
+    if all(turn.get("train") is False for turn in learned):
+        raise ValueError(f"{where}: no answer is learned: {'the last one has' if train_on == 'last' else 'all have'} "
+                         "'loss': false: drop the record, or let one be learned")  # fmt: skip
     return row
+
+
+def as_conversation(record: dict) -> dict:
+    """`prompt` and `completion` as `messages`, of which the completion is learned; other records as they are."""
+    if mv.absent(record.get("completion")):
+        return record
+    if both := [key for key in ("conversations", "messages") if not mv.absent(record.get(key))]:
+        raise ValueError(f"fields 'completion' and {both[0]!r} are both there: keep one of them")
+    if mv.absent(record.get("prompt")):
+        raise ValueError("field 'completion' without 'prompt': give the question, or write both as 'messages'")
+    turns = mv.prompt_turns(record["prompt"])
+    prompt = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in turns]
+    rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
+    return {**rest, "messages": prompt + mv.completion_turns(record["completion"])}
 
 
 @torch.no_grad()
@@ -103,8 +140,9 @@ def main():
     args.eval_image_folder = args.eval_image_folder or args.image_folder
     encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():
-        records = mv.load_records(args.data_path, normalize_record)
-        eval_records = mv.load_records(args.eval_path, normalize_record) if args.eval_path else None
+        normalize = partial(normalize_record, train_on=args.train_on)
+        records = mv.load_records(args.data_path, normalize)
+        eval_records = mv.load_records(args.eval_path, normalize) if args.eval_path else None
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)

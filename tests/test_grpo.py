@@ -1016,7 +1016,8 @@ def test_upstream_command(tmp_path, monkeypatch, capsys):
 
 
 def turn(role, *parts):
-    return {"role": role, "content": [mv._part("text", text=p) if isinstance(p, str) else p for p in parts]}
+    content = [mv._part("text", text=p) if isinstance(p, str) else p for p in parts]
+    return {"role": role, "content": content, "train": None}
 
 
 def test_records():
@@ -1123,8 +1124,8 @@ def test_references_beside_a_conversation(field, key, value, expected):
     ({"video": "a.mp4", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
                                           {"from": "human", "value": "<video>"}]},
      "in the first answer or a turn after it, which is not read"),
-    ({"video": "a.mp4", "answer": "c", "conversations": [{"from": "human", "value": "a"},
-                                                         {"from": "gpt", "value": "<video>"}]},
+    ({"answer": "c", "messages": [{"role": "user", "content": "a"},
+                                  {"role": "assistant", "content": [{"type": "video", "video": "a.mp4"}]}]},
      "in the first answer or a turn after it, which is not read"),
     ({"conversations": [{"from": "gpt", "value": "b"}]}, "first turn after any system turn must be the user's"),
     ("text", "a record must be an object"),

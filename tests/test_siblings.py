@@ -7,7 +7,7 @@ import pytest
 from test_train import ROOT
 
 # What a trainer may have otherwise than train_sft.py: its objective and what it counts.
-ALL = r"SFTArguments|normalize_record|evaluate\(|sft_loss|enumerate\(|mv\.pack\(|step_loss|window_tokens"
+ALL = r"SFTArguments|load_records|normalize = |evaluate\(|sft_loss|enumerate\(|mv\.pack\(|step_loss|window_tokens"
 OWN = {
     "train_dpo.py": r"loss_finite",
     "train_cls.py": r"load_model|step_windows|result is None|supervised_tokens",

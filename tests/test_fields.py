@@ -1,0 +1,284 @@
+"""Fields that change what is learned: each is honoured, or refused by name with what to do; other columns pass."""
+
+import multivideo as mv
+
+import pytest
+from qwen_vl_utils import vision_process
+from test_records import frames, image, llava, messages, text, trl, video
+
+import train_cls
+import train_dpo
+import train_grpo
+import train_sft
+
+TRAINERS = {
+    "sft": (train_sft, llava("<video>\nWhy?", video="a.mp4")),
+    "dpo": (train_dpo, {"video": "a.mp4", "prompt": "<video>\nWhy?", "chosen": "So.", "rejected": "No."}),
+    "grpo": (train_grpo, llava("<video>\nWhy?", video="a.mp4")),
+    "cls": (train_cls, {"video": "a.mp4", "prompt": "<video>\nWhy?", "label": "a"}),
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_refused_fields(trainer):
+    """Each is named with what to do; null and [] are not there; GRPO hands some on to reward functions."""
+    module, record = TRAINERS[trainer]
+    for key, fix in mv.REFUSED_FIELDS.items():
+        module.normalize_record({**record, key: None}, "here")
+        module.normalize_record({**record, key: []}, "here")
+        if trainer == "grpo" and key in train_grpo.COLUMNS:
+            assert key in module.normalize_record({**record, key: 0.5}, "here")["column_names"]
+            continue
+        with pytest.raises(ValueError, match=f"^here: field '{key}' is not read, got float 0.5: ") as caught:
+            module.normalize_record({**record, key: 0.5}, "here")
+        assert str(caught.value).endswith(fix)
+    beside = {**record, "image_paths": ["a.png"]}
+    with pytest.raises(ValueError, match="field 'image_paths' is not one that is read: name it 'video' or 'image'"):
+        module.normalize_record(beside, "here")
+    module.normalize_record({**record, "video_path": "a.mp4", "source": "x", "score": 0.5}, "here")
+
+
+@pytest.mark.parametrize("key", [*mv.REFUSED_TURN_FIELDS, *mv.TRAIN_FIELDS])
+def test_refused_turn_fields(key):
+    """In conversations, prompts and both answers of a pair."""
+    answer = {"from": "gpt", "value": "So.", key: 0.5}
+    talk = [{"from": "human", "value": "Why?"}, answer]
+    more = [*talk, {"from": "human", "value": "And?"}]
+    records = [(train_sft, {"conversations": talk}), (train_grpo, {"conversations": talk}),
+               (train_dpo, {"prompt": "Why?", "chosen": [answer], "rejected": "No."}),
+               (train_dpo, {"prompt": "Why?", "chosen": "Yes.", "rejected": [answer]}),
+               (train_dpo, {"prompt": more, "chosen": "Yes.", "rejected": "No."}),
+               (train_cls, {"conversations": more, "label": "a"})]  # fmt: skip
+    for module, record in records:
+        with pytest.raises(ValueError, match=f"turn [01]: field '{key}' .*, got float 0.5: "):
+            module.normalize_record(record, "here")
+
+
+def test_answers_that_are_not_learned(tiny_model):
+    """`loss` and its like, `--train_on last` and TRL's prompts: labelled are the tokens of the others, as decoded."""
+
+    def learned(record, **options):
+        row = train_sft.normalize_record(record, "here", **options)
+        ((_, labels),) = encoder.tokenize(row["messages"])
+        return encoder.tokenizer.decode([label for label in labels if label != -100])
+
+    encoder = mv.Encoder(tiny_model, train_sft.SFTArguments(model_id=tiny_model))
+    one, two = "One.<|im_end|>", "Two.<|im_end|>"
+    for key in mv.TRAIN_FIELDS:
+        for value in (False, 0, 0.0, True, 1, None):
+            talk = trl("1?", "One.")["messages"] + trl("2?", "Two.")["messages"]
+            talk[0][key], talk[1][key] = False, value
+            assert learned({"messages": talk}) == (one + two if value in (True, None) else two)
+    talk = [{k: v for k, v in turn.items() if k != key} for turn in talk]
+    assert learned({"messages": talk}, train_on="last") == two
+    assert learned({"prompt": talk[:3], "completion": "Two."}) == two
+    assert learned({"prompt": talk[:1], "completion": talk[1:]}) == one + two
+    masked = [talk[0], {**talk[1], "loss": False}, talk[2], {**talk[3], "loss": False}]
+    with pytest.raises(ValueError, match="^here: no answer is learned: all have 'loss': false"):
+        learned({"messages": masked})
+    with pytest.raises(ValueError, match="^here: no answer is learned: the last one has 'loss': false"):
+        learned({"messages": [*talk[:3], masked[3]]}, train_on="last")
+    with pytest.raises(ValueError, match="turn 0: field 'loss' is true on a user turn"):
+        learned({"messages": [{**talk[0], "loss": True}, *talk[1:]]})
+    with pytest.raises(ValueError, match="turn 1: fields 'loss' and 'train' contradict each other"):
+        learned({"messages": [talk[0], {**talk[1], "loss": True, "train": False}]})
+    with pytest.raises(ValueError, match="'chosen': no answer in it is learned"):
+        pair = {"prompt": "?", "chosen": [{**talk[1], "loss": 0}], "rejected": "No."}
+        train_dpo.normalize_record(pair, "here")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_system(trainer):
+    """`system` of a record is its system turn, however the record is written."""
+    module, record = TRAINERS[trainer]
+    turn = module.normalize_record({**record, "system": "Be brief."}, "here")["messages"][0]
+    assert turn == messages(("system", [text("Be brief.")]))[0]
+    assert module.normalize_record({**record, "system": ""}, "here")["messages"][0]["role"] == "user"
+    with pytest.raises(ValueError, match="field 'system' must be a text, got list"):
+        module.normalize_record({**record, "system": ["Be brief."]}, "here")
+
+
+def test_system_beside_a_system_turn():
+    record = llava()
+    record["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    assert train_sft.normalize_record({**record, "system": "Be brief."}, "x") == train_sft.normalize_record(
+        record, "x"
+    )
+    with pytest.raises(ValueError, match="a field 'system' and a system turn, which differ"):
+        train_sft.normalize_record({**record, "system": "Be long."}, "x")
+
+
+OPTIONS = {"fps": 0.5, "nframes": 8, "start": 1.0, "end": 2.0, "min_pixels": 3136, "max_pixels": 6272,
+           "min_frames": 2, "max_frames": 6, "total_pixels": 100352, "video_start": 1.0, "video_end": 2.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_options_of_a_record(trainer, key):
+    """Beside the turns they go to every video, in `video` and in the turns, and to no image."""
+    module, record = TRAINERS[trainer]
+    expected = video("a.mp4", **{mv.OPTION_ALIASES.get(key, key): OPTIONS[key]})
+    row = module.normalize_record({**record, key: OPTIONS[key]}, "here")
+    assert row["messages"][0]["content"][0] == expected
+    parts = [
+        {"type": "video", "video": "a.mp4"},
+        {"type": "image", "image": "i.png"},
+        {"type": "text", "text": "Why?"},
+    ]
+    row = train_sft.normalize_record(trl(parts, **{key: OPTIONS[key]}), "here")
+    assert row["messages"][0]["content"][:2] == [expected, image("i.png")]
+    both = {**record, "video": {"video": "a.mp4", key: OPTIONS[key]}, key: OPTIONS[key]}
+    with pytest.raises(ValueError, match=f"option '{key}' is given for all the record's videos and for this one"):
+        module.normalize_record(both, "here")
+    with pytest.raises(ValueError, match=f"field '{key}' is an option of the record's videos, but it has none"):
+        train_sft.normalize_record(llava(**{key: OPTIONS[key]}), "here")
+    with pytest.raises(ValueError, match="must be a number, got str '1'"):
+        module.normalize_record({**record, key: "1"}, "here")
+
+
+def test_options_of_frame_lists_and_contradictions():
+    listed = {"video": ["1.png", "2.png"], "sample_fps": 0.5}
+    row = train_sft.normalize_record(llava("<video>?", video=[listed]), "here")
+    assert row["messages"][0]["content"][0] == frames("1.png", "2.png", fps=0.5)
+    for record, message in (
+        (
+            llava(video={"video": "a.mp4", "sample_fps": 1}),
+            "'sample_fps' is the rate of a list of frame images",
+        ),
+        (llava(video="a.mp4", fps=1, nframes=4), "options 'fps' and 'nframes' contradict each other"),
+        (llava(video="a.mp4", max_frames=4, nframes=4), "options 'max_frames' and 'nframes' contradict each other"),
+        (llava(video={"video": "a.mp4", "nframes": 4}, fps=1), "options 'fps' and 'nframes' contradict each other"),
+        (llava(video="a.mp4", min_frames=8, max_frames=4), "'min_frames' is above 'max_frames'"),
+        (llava(video="a.mp4", max_frames=1), "option 'max_frames' 1: the fewest is 2"),
+        (llava(video={"video": "a.mp4", "start": 1, "video_start": 1}), "option 'video_start' is given twice"),
+        (llava(video="a.mp4", resized_width=56), "'resized_width' and 'resized_height' go together"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_sft.normalize_record(record, "here")
+
+
+@pytest.mark.parametrize("options", [{"min_frames": 3}, {"max_frames": 5}, {"min_frames": 30}, {"max_frames": 9},
+                                     {"min_frames": 6, "max_frames": 7}], ids=str)  # fmt: skip
+def test_frame_bounds_equal_reference(tiny_model, options):
+    """min_frames and max_frames of a video, as smart_nframes of qwen_vl_utils reads them."""
+    part, args = video("a.mp4", **options), train_sft.SFTArguments(model_id=tiny_model)
+    for total, fps in ((40, 8.0), (300, 25.0), (100, 30.0)):
+        expected = vision_process.smart_nframes({"fps": 2.0, **options}, total, fps)
+        assert len(mv.sample_frames(part, total, fps, args)[0]) == expected
+
+
+def test_total_pixels_equal_reference(tiny_model):
+    """Of one video, over all its frames: max(min(768 tokens, total / frames · 2), 1.05 · min_pixels), as there."""
+    args = train_sft.SFTArguments(model_id=tiny_model)
+    for total, count in ((16 * 28 * 28 * 8, 16), (10**7, 16), (200_000, 4), (1, 4)):
+        part = video("a.mp4", total_pixels=total, min_pixels=3136)
+        most = max(min(768 * 28 * 28, total / count * 2), int(3136 * 1.05))
+        expected = vision_process.smart_resize(480, 640, 28, 3136, min(most, args.video_max_pixels))
+        assert mv.target_size(part, 480, 640, count, args, 28) == expected
+
+
+# ------------------------------------------------------------------------------------------------------------ tags
+
+
+def test_tags_in_answers():
+    """Text where the other turns have placed all clips, where there is none, and where no other turn has a tag."""
+    both = [text("See "), text("\n<video>\n"), text("it.")]
+    for record in (
+        llava("<video>\nWhy?", "See \n<video>\nit.", video="a.mp4"),
+        llava("Why?", "See \n<video>\nit.", video="a.mp4"),
+        llava("Why?", "See \n<video>\nit."),
+    ):
+        row = train_sft.normalize_record(record, "here")
+        assert row["messages"][1]["content"] == both
+        clips = [part for part in row["messages"][0]["content"] if part["type"] == "video"]
+        assert len(clips) == ("video" in record)
+    for answer in ("chosen", "rejected"):
+        pair = {"video": "a.mp4", "prompt": "<video>\nWhy?", "chosen": "So.", "rejected": "No.", answer: "A <video>."}
+        row = train_dpo.normalize_record(pair, "here")
+        (turn,) = row["completions"][answer == "rejected"]
+        assert turn["content"] == [text("A "), text("<video>"), text(".")]
+    row = train_grpo.normalize_record(llava("<video>\nWhy?", "A <video>.", video="a.mp4"), "here")
+    assert row["reference"] == "A <video>."
+
+
+def test_escaped_tags():
+    row = train_sft.normalize_record(
+        llava("<video>\nWhat is \\<video> or \\<image>?", "\\<video>", video="a.mp4"), "x"
+    )
+    assert row["messages"] == messages(
+        ("user", [video("a.mp4"), text("What is <video> or <image>?")]), ("assistant", [text("<video>")])
+    )
+    row = train_sft.normalize_record(llava("What is \\<video>?", video="a.mp4"), "x")
+    assert row["messages"][0]["content"] == [video("a.mp4"), text("What is <video>?")]
+    with pytest.raises(ValueError, match="turn 0: the tag <audio> in the text: these models do not hear"):
+        train_sft.normalize_record(llava("<audio>\nWhat?"), "x")
+    assert train_sft.normalize_record(llava("\\<audio>", "<audio>"), "x")["messages"] == messages(
+        ("user", [text("<audio>")]), ("assistant", [text("<audio>")])
+    )
+
+
+# --------------------------------------------------------------------------------------------- others' record forms
+
+SWIFT = {"query": "<video>\nWhy?", "response": "So.", "videos": ["a.mp4"]}
+ALPACA = {"instruction": "<video>\nWhy?", "input": "", "output": "So.", "videos": ["a.mp4"]}
+VIDEO_R1 = {"problem_id": 2, "problem": "Why?", "data_type": "video", "problem_type": "free-form", "options": [],
+            "process": "", "solution": "So.", "path": "a.mp4", "data_source": "x"}  # fmt: skip
+TRL = {"prompt": [{"role": "user", "content": "<video>\nWhy?"}], "videos": ["a.mp4"],
+       "completion": [{"role": "assistant", "content": "So."}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("record", [SWIFT, ALPACA, VIDEO_R1, TRL], ids=["swift", "alpaca", "video-r1", "trl"])
+def test_other_forms(record):
+    """The same rows as LLaVA's, for SFT, GRPO and classification."""
+    plain = llava("<video>\nWhy?", "So.", video="a.mp4")
+    assert train_sft.normalize_record(record, "x")["messages"] == train_sft.normalize_record(plain, "x")["messages"]
+    row = train_grpo.normalize_record(record, "x")
+    assert row["messages"] == messages(("user", [video("a.mp4"), text("Why?")])) and row["reference"] == "So."
+    row = train_cls.normalize_record({**{k: v for k, v in record.items() if k != "completion"}, "label": "a"}, "x")
+    assert row["messages"] == messages(("user", [video("a.mp4"), text("Why?")]))
+
+
+def test_parts_of_other_forms():
+    """Alpaca's input, Video-R1's options, process and images."""
+    row = train_sft.normalize_record({**ALPACA, "input": "In short."}, "x")
+    assert row["messages"][0]["content"] == [video("a.mp4"), text("Why?\nIn short.")]
+    choice = {**VIDEO_R1, "options": ["A. rain", "B. sun"], "process": "<think>Wet.</think>", "path": "a.png",
+              "data_type": "image", "solution": "<answer>A</answer>"}  # fmt: skip
+    row = train_sft.normalize_record(choice, "x")
+    assert row["messages"] == messages(
+        ("user", [image("a.png"), text("Why?\nOptions:\nA. rain\nB. sun")]),
+        ("assistant", [text("<think>Wet.</think>\n<answer>A</answer>")]),
+    )
+    assert train_grpo.normalize_record(choice, "x")["reference"] == "<answer>A</answer>"
+
+
+def test_rejected_response():
+    """ms-swift's pairs are TRL's: beside `response`, and beside turns that end with the chosen answer."""
+    plain = {"video": "a.mp4", "prompt": "<video>\nWhy?", "chosen": "So.", "rejected": "No."}
+    expected = train_dpo.normalize_record(plain, "x")
+    turns = trl("<video>\nWhy?", "So.", videos=["a.mp4"])
+    for record in ({**SWIFT, "rejected_response": "No."}, {**turns, "rejected_response": "No."},
+                   {**ALPACA, "output": None, "chosen": "So.", "rejected": "No."}):  # fmt: skip
+        assert train_dpo.normalize_record(record, "x") == expected
+    with pytest.raises(ValueError, match="'rejected_response' and 'chosen' are both there"):
+        train_dpo.normalize_record({**plain, "rejected_response": "No."}, "x")
+    with pytest.raises(ValueError, match="'rejected_response' without the chosen answer"):
+        train_dpo.normalize_record({"prompt": "Why?", "rejected_response": "No."}, "x")
+
+
+@pytest.mark.parametrize("module", [train_sft, train_grpo], ids=["sft", "grpo"])
+def test_unknown_forms(module):
+    """Refused with the rewrite in one line."""
+    for record, message in (
+        ({"question": "Why?", "answer": "So."}, "rename 'question' to 'prompt', rename 'answer' to 'completion'"),
+        ({"query": "Why?", "instruction": "Say."}, "fields 'query' and 'instruction' are both there"),
+        ({"instruction": 3, "output": "So."}, "field 'instruction' must be a text, got int 3"),
+        (
+            {"prompt": "Why?", "reward_model": {"ground_truth": "So."}},
+            "write its ground_truth as a field .* 'solution'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.normalize_record(record, "here")
+    with pytest.raises(ValueError, match="'completion' .*'prompt'|no 'prompt'|'conversations'"):
+        module.normalize_record({"completion": "So."}, "here")
