@@ -590,6 +590,18 @@ def check_records(records: "Dataset", config, source: str):
         mv.say(f"{source}: no record has the label {some(sorted(absent), repr)}: metrics are over the others")
 
 
+def check_sets(args, records: "Dataset", eval_records: "Dataset | None", encoder: mv.Encoder):
+    """What no single record shows: the classes or targets of a data set; returns the model's config with them.
+
+    Raises:
+        InputError: as make_config, or the held-out records do not fit.
+    """
+    config = make_config(records, args, encoder)
+    if eval_records:
+        check_records(eval_records, config, args.eval_path)
+    return config
+
+
 def check_same_head(folder: Path, config):
     """A checkpoint must have this run's labels, standardisation and kind of head."""
     held = transformers.AutoConfig.from_pretrained(folder)
@@ -846,9 +858,7 @@ def main():
                             labels=args.labels)  # fmt: skip
         records = mv.load_records(args.data_path, normalize, FEATURES)
         eval_records = mv.load_records(args.eval_path, normalize, FEATURES) if args.eval_path else None
-    model_config = make_config(records, args, encoder)
-    if eval_records:
-        check_records(eval_records, model_config, args.eval_path)
+    model_config = check_sets(args, records, eval_records, encoder)
     weights = make_weights(records, model_config, args, accelerator.device)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)

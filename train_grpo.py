@@ -177,7 +177,7 @@ class GRPOArguments(mv.TrainingArguments):
 
 # ---------------------------------------------------------------------------------------------------------- records
 
-RECORD = pa.schema([
+FEATURES = pa.schema([
     *mv.CONVERSATION,
     ("completions", pa.list_(mv.MESSAGES)),  # always []: the encoder then ends the prompt where the assistant begins
     ("prompt", pa.string()),  # only where the record's own is a text, which reward functions then get as it is
@@ -224,7 +224,7 @@ def completion_text(completion, where: str) -> str:
 
 
 def normalize_record(record: dict, where: str) -> dict:
-    """A prompt, its reference answer and all other columns, in the schema RECORD.
+    """A prompt, its reference answer and all other columns, in the schema FEATURES.
 
     The prompt is `prompt`, a text or a list of turns; or all before the first assistant turn of a conversation (the
     column `assistant`), or in one of the forms of mv.rename_fields. The reference is the first of REFERENCES that the
@@ -559,6 +559,21 @@ def column_names(records) -> list[str]:
     if records.data.column("reference").null_count < len(records):
         names.append("assistant")
     return list(dict.fromkeys(names))
+
+
+def check_sets(args, records, eval_records, encoder: mv.Encoder) -> list:
+    """What no single record shows: every data set has the references, columns and forms that the rewards ask for.
+
+    Returns the reward functions. Raises:
+        InputError: names the flag and what is missing.
+    """
+    functions = load_rewards(args.reward_funcs)
+    for flag, table in (("data_path", records), ("eval_path", eval_records)):
+        check_references(f"--{flag}", table, args.reward_funcs)
+        if table:
+            check_parameters(f"--{flag}", getattr(args, flag), column_names(table), functions)
+            check_forms(f"--{flag}", getattr(args, flag), table, functions)
+    return functions
 
 
 GIVEN = ("prompts", "completions", "completion_ids", "reference")  # besides the columns, to every reward function
@@ -1105,17 +1120,10 @@ def main():
     args.eval_image_folder = args.eval_image_folder or args.image_folder
     encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():
-        records = mv.load_records(args.data_path, normalize_record, RECORD)
-        eval_records = mv.load_records(args.eval_path, normalize_record, RECORD) if args.eval_path else None
-    functions = load_rewards(args.reward_funcs)
-    for name, table in (("--data_path", records), ("--eval_path", eval_records)):
-        check_references(name, table, args.reward_funcs)
+        records = mv.load_records(args.data_path, normalize_record, FEATURES)
+        eval_records = mv.load_records(args.eval_path, normalize_record, FEATURES) if args.eval_path else None
+    functions = check_sets(args, records, eval_records, encoder)
     columns, eval_columns = column_names(records), column_names(eval_records) if eval_records else None
-    check_parameters("--data_path", args.data_path, columns, functions)
-    check_forms("--data_path", args.data_path, records, functions)
-    if eval_records:
-        check_parameters("--eval_path", args.eval_path, eval_columns, functions)
-        check_forms("--eval_path", args.eval_path, eval_records, functions)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)

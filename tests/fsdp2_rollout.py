@@ -31,7 +31,7 @@ def main(model_path, data, videos, out):
     )  # fmt: skip
     args.check(set())
     accelerator = GlooFSDP2()
-    records = mv.load_records(data, grpo.normalize_record, grpo.RECORD)
+    records = mv.load_records(data, grpo.normalize_record, grpo.FEATURES)
     encoder = mv.Encoder(model_path, args)
     engine = mv.Engine(accelerator, mv.load_model(args, "cpu"), args)
     samples = [encoder(records[i], videos) for i in range(3)]

@@ -763,7 +763,7 @@ def test_columns_belong_to_the_data_set(tmp_path, monkeypatch):
     rows = [{"id": i, "prompt": "a"} for i in range(2500)]
     rows[3]["view"], rows[2400]["late"], rows[7]["reference"], rows[8]["prompts"] = 1.5, None, "x", "y"
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    records = mv.load_records(str(tmp_path / "data.json"), grpo.normalize_record, grpo.RECORD)
+    records = mv.load_records(str(tmp_path / "data.json"), grpo.normalize_record, grpo.FEATURES)
     columns = grpo.column_names(records)
     assert columns == ["id", "view", "reference", "prompts", "late", "assistant"]  # record 7 has a reference
     functions = grpo.load_rewards([f"{tmp_path / 'some.py'}:{name}" for name in ("view", "late", "filled")])
@@ -933,7 +933,7 @@ short = lambda completions, **kwargs: [len(text) for text in completions]
     tables = {}
     for name, rows in (("mixed", [plain, turns]), ("plain", [plain])):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-        tables[name] = mv.load_records(str(tmp_path / f"{name}.json"), grpo.normalize_record, grpo.RECORD)
+        tables[name] = mv.load_records(str(tmp_path / f"{name}.json"), grpo.normalize_record, grpo.FEATURES)
     for name in (*UPSTREAM_NAMES, "by_kwargs", "instance", "decorated", "short"):
         rewards = grpo.load_rewards([f"{file}:{name}"])
         grpo.check_forms("--data_path", "x.json", tables["plain"], rewards)
@@ -1068,7 +1068,7 @@ def test_prompts_with_and_without_tags_are_one(form, media, newline, tmp_path):
 
     questions = ["What changed?", f"<video>{newline}" * 5 + "What changed?"]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record(question)) + "\n" for question in questions))
-    rows = list(mv.load_records(str(tmp_path / "data.jsonl"), grpo.normalize_record, grpo.RECORD))
+    rows = list(mv.load_records(str(tmp_path / "data.jsonl"), grpo.normalize_record, grpo.FEATURES))
     expected = [["b.mp4"], ["a.mp4"], ["c.mp4"], ["1.png", "2.png"], ["a.mp4"], []]
     for row, question in zip(rows, questions):
         ((role, content),) = [(message["role"], message["content"]) for message in row["messages"]]
@@ -1137,14 +1137,14 @@ def test_wrong_records(record, message):
 
 def test_examples(tmp_path):
     """Every record of the example file is read, with its reference."""
-    rows = mv.load_records(str(ROOT / "examples" / "grpo.jsonl"), grpo.normalize_record, grpo.RECORD)
+    rows = mv.load_records(str(ROOT / "examples" / "grpo.jsonl"), grpo.normalize_record, grpo.FEATURES)
     assert len(rows) >= 3 and all(row["reference"] for row in rows)
     assert {row["prompt"] is None for row in rows} == {True, False}
 
 
 def test_missing_references_are_an_error(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a", "answer": "b"}, {"id": "q", "prompt": "c"}]))
-    rows = mv.load_records(str(tmp_path / "a.json"), grpo.normalize_record, grpo.RECORD)
+    rows = mv.load_records(str(tmp_path / "a.json"), grpo.normalize_record, grpo.FEATURES)
     grpo.check_references("--data_path", rows, ["format", "mine.py:f"])
     with pytest.raises(mv.InputError, match="--data_path: 1 records have no reference answer, first q, but"):
         grpo.check_references("--data_path", rows, ["format", "choice"])
@@ -1405,7 +1405,7 @@ def test_fsdp2_rollouts(flags, demo, tmp_path):  # noqa: F811
     )  # fmt: skip
     args.check(set())
     encoder, model = mv.Encoder(args.model_id, args), mv.load_model(args, "cpu").train()
-    records = mv.load_records(str(data), grpo.normalize_record, grpo.RECORD)
+    records = mv.load_records(str(data), grpo.normalize_record, grpo.FEATURES)
     samples = [encoder(records[i], str(demo / "videos")) for i in range(3)]
     draws = [np.random.default_rng(i).random((3, 5)) for i in range(3)]
     optimizer = mv.make_optimizer(model, args)

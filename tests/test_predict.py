@@ -292,7 +292,7 @@ def test_references_beside_a_conversation(tmp_path):
         {"messages": talk[:2], "reference": None}, {"prompt": "First?", "ground_truth": "One."},
     ]  # fmt: skip
     (tmp_path / "data.json").write_text(json.dumps(records))
-    rows = mv.load_records(str(tmp_path / "data.json"), predict.normalize_record, train_grpo.RECORD)
+    rows = mv.load_records(str(tmp_path / "data.json"), predict.normalize_record, train_grpo.FEATURES)
     assert [row["reference"] for row in rows] == ["Two.", "2", None, "One.", "One."]
     assert [[turn["role"] for turn in row["messages"]] for row in rows] == [
         ["user", "assistant", "user"], ["user", "assistant", "user"], ["user", "assistant", "user"], ["user"], ["user"]

@@ -28,7 +28,7 @@ import yaml
 from PIL import Image
 from reference import write_clip
 from test_reading import write_timed
-from test_train import ROOT, demo  # noqa: F401
+from test_train import ROOT, demo, in_process  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, Qwen2_5_VLConfig
@@ -739,3 +739,71 @@ def test_preview_runs(demo, folder, tmp_path, monkeypatch, capsys):  # noqa: F81
     assert run(preview, monkeypatch, capsys, *flags, "--id", "b", "--on_bad_video", "drop_video")[0] == 0
     code, said = run(preview, monkeypatch, capsys, *flags, "--id", "c", "--on_bad_video", "drop_video")
     assert code == 1 and "record c is left out of training" in said and "gone.mp4" in said
+
+
+def talk(question, answer):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def pair(chosen, rejected):
+    return {"prompt": "<video>\nWhy?", "chosen": chosen, "rejected": rejected}
+
+
+def label(value):
+    return {"prompt": "<video>\nWhich?", "label": value}
+
+
+SETS = {  # of the trainers: good and bad data sets, and flags
+    "sft": [([talk("<video>\nWhy?", "So.")], None, []), ([talk("<video>\nWhy?", " ")], None, [])],
+    "dpo": [([pair("So.", "No.")], None, []), ([pair("So.", "So.")], None, []), ([pair("So.", "No.")], [{}], [])],
+    "grpo": [
+        ([talk("<video>\nWhy?", "So.")], None, ["--reward_funcs", "accuracy"]),
+        ([{"prompt": "<video>\nWhy?"}], None, ["--reward_funcs", "accuracy"]),
+        ([{"prompt": "<video>\nWhy?"}], None, ["--reward_funcs", "format"]),
+        ([talk("<video>\nWhy?", "So.")], [{"prompt": "<video>\nWhy?"}], ["--reward_funcs", "accuracy"]),
+    ],
+    "cls": [
+        ([label("a"), label("b")], [label("a")], []),
+        ([label("a"), label("a")], None, []),
+        ([label("a"), label("b")], [label("c")], []),
+        ([label("a"), label("b")], None, ["--labels", "a", "b", "c"]),
+        ([label(["a"]), label(["a", "b"])], None, ["--problem_type", "multi_label_classification"]),
+        ([label(1.5), label(1.5)], None, ["--problem_type", "regression"]),
+        ([label(1.5), label(2.5)], [label([1.0, 2.0])], ["--problem_type", "regression"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("objective, i", [(name, i) for name, cases in SETS.items() for i in range(len(cases))])
+def test_check_data_judges_as_the_trainer(tiny_model, demo, tmp_path, monkeypatch, objective, i):  # noqa: F811
+    """Exit code 0 exactly where the trainer gets as far as loading weights."""
+    (train, held_out, flags), clip = SETS[objective][i], sorted((demo / "videos").rglob("*.mp4"))[0]
+    argv = ["--model_id", tiny_model, "--nframes", 2, "--video_resized_width", 56, "--video_resized_height", 56]
+    argv += [*flags, "--output_dir", tmp_path / "out"]
+    for name, records in (("data", train), ("eval", held_out)):
+        if records is not None:
+            rows = [{**record, "video": str(clip)} for record in records]
+            (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+            argv += [f"--{name}_path", tmp_path / f"{name}.json"]
+
+    class Loaded(BaseException):
+        pass
+
+    def load_model(*args, **kwargs):
+        raise Loaded
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mv, "load_model", load_model)
+    try:
+        in_process(monkeypatch, *argv, trainer=f"train_{objective}")
+    except Loaded:
+        refused = False
+    except (SystemExit, ValueError):
+        refused = True
+    monkeypatch.setattr(
+        sys, "argv", ["check_data.py", *map(str, argv), "--objective", objective, "--num_workers", "1"]
+    )
+    with pytest.raises(SystemExit) as exit:
+        check_data.main()
+    bad = {"sft": {1}, "dpo": {1, 2}, "grpo": {1, 3}, "cls": set(range(1, 7))}[objective]
+    assert exit.value.code == int(refused) == int(i in bad)

@@ -711,7 +711,7 @@ def benchmark_groups(options):
     report = Report("30 videos × 4 frames × 56 px, 64 new tokens")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder) if options.folder else make_samples(Path(temporary), 12, 30, 112)
-        records = mv.load_records(str(folder / "data.json"), train_grpo.normalize_record, train_grpo.RECORD)
+        records = mv.load_records(str(folder / "data.json"), train_grpo.normalize_record, train_grpo.FEATURES)
         for G in [options.batch_size] if options.memory_of else options.generations:
             args = tiny_arguments(train_grpo.GRPOArguments, folder, num_generations=G, max_completion_length=64,
                                   beta=0.0)  # fmt: skip

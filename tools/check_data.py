@@ -590,6 +590,21 @@ def would_fail(report: dict, args) -> list[str]:
     return problems
 
 
+def whole_sets(objective: str, args, encoder: mv.Encoder) -> list[str]:
+    """What the trainer's own check of whole data sets refuses: labels, references and the like."""
+    trainer = importlib.import_module(f"train_{objective}")
+    if not hasattr(trainer, "check_sets"):
+        return []
+    normalize = normalizer(objective, args)
+    try:
+        records, eval_records = (mv.load_records(source, normalize, trainer.FEATURES) if source else None
+                                 for source in (args.data_path, args.eval_path))  # fmt: skip
+        trainer.check_sets(args, records, eval_records, encoder)
+    except mv.InputError as error:
+        return [str(error)]
+    return []
+
+
 def show(report: dict, first: int):
     """Print the report, the `first` findings of each kind."""
 
@@ -769,6 +784,8 @@ def main():
     if own.gpu_memory_gb:
         report["memory"] = report_memory(found, args, own, launch, factor)
     report["would_fail"] = would_fail(report, args)
+    if not any(split["bad_records"]["count"] or not split["records"] for split in report["splits"].values()):
+        report["would_fail"] += whole_sets(own.objective, args, encoder)
     show(report, own.listed)
     mv.write_json(Path(own.report), report)
     print(f"\nAll of it, up to {MAX_LISTED:,} findings of a kind: {own.report}")

@@ -142,7 +142,7 @@ def inherited_flags(argv: list[str]) -> list[str]:
 
 
 def normalize_record(record: dict, where: str) -> dict:
-    """A prompt and, if the record has one, its reference answer, in the schema of train_grpo.RECORD.
+    """A prompt and, if the record has one, its reference answer, in the schema of train_grpo.FEATURES.
 
     The prompt is all before an assistant turn at the end, and that turn the reference, unless the record has one of
     train_grpo.REFERENCES; of a record with `prompt` they are those of train_grpo.normalize_record.
@@ -448,7 +448,7 @@ def main():
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if config and args.blank_each:
         raise mv.InputError("--blank_each is for answers in words: a classifier has none")
-    normalize, schema = normalize_with_answer if args.blank_each else normalize_record, train_grpo.RECORD
+    normalize, schema = normalize_with_answer if args.blank_each else normalize_record, train_grpo.FEATURES
     if config:
         rules = {"problem_type": config.problem_type, "default_prompt": args.default_prompt}
         normalize, schema = functools.partial(normalize_for_classes, **rules), train_cls.FEATURES
