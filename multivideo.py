@@ -2346,7 +2346,8 @@ def _varlen(kernel, query, key, value, cu_q, cu_k, max_q, max_k, causal, scaling
         return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=causal)[None]
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": scaling, "window_size": (-1, 0) if causal else (-1, -1)}
+    # A window as long as the longest segment is full attention; (-1, -1) would let torch take cuDNN on Hopper.
+    options = {"scale": scaling, "window_size": (-1, 0) if causal else (max_k, max_k)}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 does not have it yet
             options["enable_gqa"] = True
@@ -2375,7 +2376,12 @@ class PatchProjection(torch.nn.Module):
 
 
 def use_packed_attention(model, kernel: str):
-    """Let every part of a loaded model compute attention by packed_attention with this kernel; see PatchProjection."""
+    """Let every part of a loaded model compute attention by packed_attention with this kernel; see PatchProjection.
+
+    cuDNN's attention is switched off for the process: torch prefers it on Hopper where there is a mask, and it builds
+    a plan for each new shape (one per decoded token) and gives NaN gradients for some lengths (docs/gpu.md).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for module in list(model.modules()):
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
             module.config._attn_implementation = f"flash_packed_{kernel}"

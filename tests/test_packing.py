@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,8 +250,9 @@ def fake_varlen(
     for a, b, c, d in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:]):
         q, k, v = (x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d]))
         mask = torch.ones(b - a, d - c, dtype=torch.bool)
-        if window_size == (-1, 0):
-            mask = mask.tril((d - c) - (b - a))
+        left, right = window_size  # keys before and after a query's own place, -1: all of them
+        mask = mask.tril((d - c) - (b - a) + right) if right >= 0 else mask
+        mask = mask.triu((d - c) - (b - a) - left) if left >= 0 else mask
         outputs.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -283,6 +285,30 @@ def test_varlen_arguments(tiny_model, records, clips, monkeypatch, stand_in):
         mv.packed_attention(module, q, k, v, None, plan=plan, kernel=kernel)[0] for kernel in ("sdpa", "varlen")
     ]
     torch.testing.assert_close(*by_kernel, rtol=1e-5, atol=1e-6)
+
+
+def test_cudnn_attention_is_not_used(tiny_model, monkeypatch):
+    """On Hopper torch takes cuDNN where it may: neither sdpa nor varlen_attn may, whatever a tower's frames are."""
+    from torch.nn.attention import varlen
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    mv.use_packed_attention(mv.load_model(arguments(tiny_model), "cpu"), "varlen")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda index: True)
+    query = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(512, 4, 80),
+                            size=lambda i: (512, 4, 80)[i])  # fmt: skip
+    taken = []
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), **options):
+        taken.append(varlen._can_use_cudnn(query, query, query, max_q, list(window_size)))
+        return q
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    q, cu = torch.randn(1, 4, 512, 80), torch.tensor([0, 256, 512])
+    for causal in (True, False):
+        mv._varlen("varlen", q, q, q, cu, cu, 256, 256, causal, None)
+    assert taken == [False, False]
+    assert varlen._can_use_cudnn(query, query, query, 256, [-1, -1])  # what the window keeps it from
 
 
 def test_attention_without_plan_is_refused(tiny_model):
