@@ -42,6 +42,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -739,9 +740,14 @@ def run(main):
         raise SystemExit(code)
 
 
+LOST = re.compile(  # what gloo, NCCL and torch's store report of it
+    "gloo.*(by peer|Broken pipe)|remote process exit|communicator was aborted|remote server shutdown", re.S
+)
+
+
 def lost_another(error: Exception) -> bool:
     """Whether an error only says that a process on the other end of a connection is gone."""
-    return "gloo" in str(error) and any(word in str(error) for word in ("by peer", "Broken pipe"))
+    return bool(LOST.search(str(error)))
 
 
 def say(message: str):
@@ -2924,6 +2930,9 @@ def lr_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
 # ------------------------------------------------------------------------------------------------------ 7. processes
 
 
+# NCCL's default of 10 minutes is less than a slow save, the first conversion of records or a reward function may take.
+# When a process dies, the launcher ends the others at once.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 BUILD_SECONDS = 900  # more than it takes to compile one of DeepSpeed's extensions
 
 
@@ -2953,9 +2962,10 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - args.dataloader_num_workers)))
     if use_deepspeed:
         remove_dead_locks()
+    backend = "gloo" if no_cuda and use_deepspeed else None  # None: accelerate's choice
     accelerator = Accelerator(
         cpu=no_cuda and not use_deepspeed,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_cuda and use_deepspeed else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
         log_with=[name for name in args.report_to if name != "none"] or None,
         project_dir=args.output_dir,
     )

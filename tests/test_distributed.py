@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,6 +177,51 @@ def test_fsdp_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(mv.InputError, match="FSDP needs GPUs"):
         mv.make_accelerator(mv.TrainingArguments())
+
+
+@pytest.mark.parametrize("launched_with", ["ddp", "deepspeed"])
+@pytest.mark.parametrize("cuda", [True, False])
+def test_processes_wait_for_two_hours(monkeypatch, launched_with, cuda):
+    """The group of all processes gets the timeout, with the backend of the device."""
+
+    class Started(Exception):
+        pass
+
+    def init(backend=None, dist_backend=None, timeout=None, **kwargs):
+        raise Started(backend or dist_backend, timeout)
+
+    one_of_two = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": 1}
+    for name, value in one_of_two.items():
+        monkeypatch.setenv(name, str(value))
+    if launched_with == "deepspeed":
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setattr("deepspeed.comm.init_distributed", init)
+    monkeypatch.setattr("torch.distributed.init_process_group", init)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    threads = torch.get_num_threads()
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    try:
+        with pytest.raises(Started) as started:
+            mv.make_accelerator(mv.TrainingArguments())
+    finally:
+        torch.set_num_threads(threads)
+        for shared in (AcceleratorState, GradientState, PartialState):
+            shared._reset_state()
+    assert started.value.args == ("nccl" if cuda else "gloo", timedelta(hours=2))
+
+
+@pytest.mark.parametrize("error", [
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234",
+    "NCCL error in: ProcessGroupNCCL.cpp:2063, remote process exited or there was a network error, NCCL version 2.27\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    "NCCL communicator was aborted on rank 1. Original reason for failure was: Error while waiting for a collective",
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+])  # fmt: skip
+def test_messages_that_another_process_is_gone(error):
+    """Verbatim from gloo, NCCL and torch's store; an error of one's own is not among them."""
+    assert mv.lost_another(RuntimeError(error))
+    assert not mv.lost_another(RuntimeError("NCCL error: unhandled cuda error: an illegal memory access"))
 
 
 def test_configs():
