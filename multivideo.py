@@ -2881,10 +2881,11 @@ def choose_trained(model, args: TrainingArguments) -> set[str]:
     return trained
 
 
-def make_optimizer(model, args: TrainingArguments):
+def make_optimizer(model, args: TrainingArguments, device="cpu"):
     """The --optim optimizer: one group per part of the model and decay, each with its peak rate as `peak_lr`.
 
-    Biases and norm weights do not decay.
+    Biases and norm weights do not decay. `device` is where the steps are made; on CUDA AdamW is fused: one kernel and
+    no temporary copies of the weights.
     """
     rates = {"llm": args.learning_rate, "vision": args.vision_lr, "merger": args.merger_lr,
              "head": getattr(args, "head_lr", None)}  # fmt: skip
@@ -2900,7 +2901,8 @@ def make_optimizer(model, args: TrainingArguments):
     ]
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optim in ("adamw_torch", "adamw_torch_fused"):
-        return torch.optim.AdamW(groups, **adam, fused=args.optim == "adamw_torch_fused")
+        fused = args.optim == "adamw_torch_fused" or torch.device(device).type == "cuda"
+        return torch.optim.AdamW(groups, **adam, fused=fused)
     if args.optim == "sgd":
         return torch.optim.SGD(groups)
     if args.optim == "adafactor":
@@ -3093,7 +3095,7 @@ class Engine:
         if frozen:
             self.model = prepare_frozen(accelerator, model.requires_grad_(False).eval())
             return
-        optimizer = make_optimizer(model, args)
+        optimizer = make_optimizer(model, args, accelerator.device)
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]

@@ -398,6 +398,26 @@ def test_small_learning_rate_moves_weights(tiny_model):
         assert bool((weight.detach() != before)[big].any()) is moves
 
 
+def test_adamw_is_fused_on_cuda(tiny_model):
+    """The kernel that CUDA gets makes the CPU's steps, and goes on from their state (torch has it for CPUs, too)."""
+    args, weights = arguments(tiny_model, learning_rate=1e-3, weight_decay=0.1), []
+    for devices in (["cpu", "cpu"], ["cuda", "cuda"], ["cpu", "cuda"]):
+        model, state = mv.load_model(args, "cpu"), None
+        for device in devices:
+            optimizer = mv.make_optimizer(model, args, device)
+            assert optimizer.defaults["fused"] is (device == "cuda")
+            if state:
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            torch.manual_seed(0)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            state = optimizer.state_dict()["state"]
+        weights.append([parameter.detach() for parameter in model.parameters()])
+    for others in weights[1:]:
+        torch.testing.assert_close(others, weights[0], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("flags", [{"bf16": True}, {"fp16": True}])
 def test_frozen_parts_and_types(tiny_model, flags):
     args = arguments(

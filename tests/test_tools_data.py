@@ -445,9 +445,7 @@ def test_predicted_memory_is_what_a_step_allocates(small_model, name):
     changed, rows = STEPS[name]
     args = mv.TrainingArguments(model_id=small_model, gradient_accumulation_steps=rows, **changed)
     model = mv.load_model(args, "cpu").train()
-    encoder, optimizer = mv.Encoder(small_model, args), mv.make_optimizer(model, args)
-    for group in optimizer.param_groups:
-        group["foreach"] = True  # as on a GPU
+    encoder, optimizer = mv.Encoder(small_model, args), mv.make_optimizer(model, args, "cuda")  # its steps: here
     grid = np.array([[2, 8, 8]] * 6)
     ids = np.array(([1] * 6 + [encoder.config.video_token_id] * 32) * len(grid) + [2] * 20)
     labels = np.full(len(ids), -100)

@@ -135,7 +135,7 @@ class MemoryModel:
         weights += self.quantized_bytes(self.quantized)
         gradients, optimizer = self.trained * w, self.trained * OPTIMIZER_BYTES[args.optim]
         optimizer *= w / 4 if args.optim.startswith("adamw_torch") else 1  # states have the weights' type
-        step = {"adamw_torch": self.trained * w, "adafactor": 3 * self.largest * 4}.get(args.optim, 0)
+        step = 3 * self.largest * 4 if args.optim == "adafactor" else 0  # AdamW is fused: it needs none
         other = self.cast * self.e if w > self.e else 0  # casts, which live as long as the forward pass
         other += 2 * self.largest_quantized * self.e  # unpacked for its product
         copy = self.copy / n if kind == "FSDP" or stage == 3 else self.copy
