@@ -57,7 +57,14 @@ import transformers
 import xxhash
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType, fsdp2_prepare_model, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    LoggerType,
+    fsdp2_prepare_model,
+    gather_object,
+)
 from datasets import Dataset, Features, List, Value
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from PIL import Image
@@ -2967,7 +2974,10 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     backend = "gloo" if no_cuda and use_deepspeed else None  # None: accelerate's choice
     accelerator = Accelerator(
         cpu=no_cuda and not use_deepspeed,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else DDP holds every gradient twice
+        ],
         log_with=[name for name in args.report_to if name != "none"] or None,
         project_dir=args.output_dir,
     )
@@ -3174,10 +3184,15 @@ class Engine:
         return norm, self.args.fp16 and not math.isfinite(norm)
 
     def optimizer_state(self) -> dict[str, dict]:
-        """The optimizer's state by parameter name, whole (every process must call it); not for DeepSpeed's shards."""
+        """The optimizer's state by parameter name, whole, on the main process; {} on others, which must call it, too.
+
+        Not for DeepSpeed's shards.
+        """
         if self.accelerator.is_fsdp2:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return get_optimizer_state_dict(self.model, self.optimizer, options=options).get("state", {})
+        if not self.accelerator.is_main_process:  # under DDP it has the same, which need not be copied to the host
+            return {}
         return {self.names[i]: values for i, values in self.optimizer.state_dict()["state"].items()}
 
     def load_optimizer_state(self, state: dict[str, dict]):

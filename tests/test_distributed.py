@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -209,6 +210,38 @@ def test_processes_wait_for_two_hours(monkeypatch, launched_with, cuda):
         for shared in (AcceleratorState, GradientState, PartialState):
             shared._reset_state()
     assert started.value.args == ("nccl" if cuda else "gloo", timedelta(hours=2))
+
+
+def test_memory_under_ddp(demo, monkeypatch):  # noqa: F811
+    """DDP's buckets are the gradients themselves, and only the main process hands out the optimizer's state."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+             "OMP_NUM_THREADS": 1}  # fmt: skip
+    for name, value in alone.items():
+        monkeypatch.setenv(name, str(value))
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    try:
+        args = mv.TrainingArguments(model_id=str(demo / "model"), dataloader_num_workers=0)
+        accelerator = mv.make_accelerator(args)
+        engine = mv.Engine(accelerator, mv.load_model(args, "cpu"), args)
+        assert isinstance(engine.model, torch.nn.parallel.DistributedDataParallel)
+        inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": torch.arange(3).expand(4, 1, 3),
+                  "plan": mv.AttentionPlan.make([3]), "use_cache": False}  # fmt: skip
+        engine.backward(engine.model(**inputs).logits.sum())
+        gradients = [p.grad for p in engine.raw_model.model.language_model.parameters()]
+        buckets = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        assert len(buckets) < len(gradients) / 4
+        engine.step()
+        assert engine.optimizer_state().keys() <= set(engine.names) and engine.optimizer_state()
+        monkeypatch.setattr(type(accelerator), "is_main_process", False)
+        assert engine.optimizer_state() == {}
+    finally:
+        torch.distributed.destroy_process_group()
+        for shared in (AcceleratorState, GradientState, PartialState):
+            shared._reset_state()
 
 
 @pytest.mark.parametrize("error", [

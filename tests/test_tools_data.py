@@ -558,7 +558,8 @@ def test_launchers(seven_b):
     assert totals["zero3"]["gradients"] == 2 / 8 and totals["zero2_offload"]["optimizer"] == 0
     order = [sum(totals[name].values()) for name in ("ddp", "zero2", "zero3", "zero3_offload")]
     assert order == sorted(order, reverse=True)
-    assert sum(totals["fsdp2"].values()) < sum(totals["one_gpu"].values()) < sum(totals["ddp"].values())
+    assert sum(totals["fsdp2"].values()) < sum(totals["one_gpu"].values())
+    assert totals["ddp"] == totals["one_gpu"]  # DDP's buckets are the gradients themselves
     assert gpu_memory.read_launcher(None, 4)["kind"] == "MULTI_GPU"
 
 

@@ -153,8 +153,6 @@ class MemoryModel:
         elif kind == "FSDP":
             whole = max(self.largest * 2, (self.trained + self.frozen) / 20) * w  # embeddings and head, and two layers
             weights, gradients, optimizer, step = weights / n + whole, gradients / n, optimizer / n, step / n
-        elif n > 1:
-            weights += gradients  # DDP's buckets
         return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step, "casts": other,
                 "reference": copy}  # fmt: skip
 
