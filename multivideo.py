@@ -29,15 +29,18 @@ import multiprocessing
 import os
 import queue
 import re
+import resource
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import sys
 import tempfile
 import threading
 import time
 import traceback
+import uuid
 import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -2942,6 +2945,7 @@ def lr_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
 # NCCL's default of 10 minutes is less than a slow save, the first conversion of records or a reward function may take.
 # When a process dies, the launcher ends the others at once.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+PROBE_SECONDS = 10  # in which a network file system shows a new file to all nodes
 BUILD_SECONDS = 900  # more than it takes to compile one of DeepSpeed's extensions
 
 
@@ -2969,6 +2973,8 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     if no_cuda:  # more threads than cores that the decoding processes leave wait for each other
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - args.dataloader_num_workers)))
+    elif not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):  # rows differ in length: fixed segments leave gaps unused
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if use_deepspeed:
         remove_dead_locks()
     backend = "gloo" if no_cuda and use_deepspeed else None  # None: accelerate's choice
@@ -2992,9 +2998,39 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             zero_force_ds_cpu_optimizer=not no_cuda and args.optim == "adamw_torch",
             bf16={"enabled": args.bf16 or args.pure_bf16},
             fp16={"enabled": args.fp16},
+            # In bf16 a row's gradient that is small beside the sum of the rows before it would be lost.
+            data_types={"grad_accum_dtype": "fp32" if args.bf16 or args.pure_bf16 else None},
         )
         accelerator.state.deepspeed_plugin.set_deepspeed_weakref()  # else ZeRO-3 loads fp32 shards under --bf16
     return accelerator
+
+
+def make_output_dir(accelerator: Accelerator, args: TrainingArguments) -> Path:
+    """The --output_dir, made if need be: one folder for all processes; every process must call it.
+
+    Raises:
+        InputError: a node has a folder of its own, whose part of a checkpoint would be lost.
+    """
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.num_processes == 1:
+        return folder
+    probe = folder / f".probe-{gather_object([uuid.uuid4().hex])[0]}"
+    with all_or_none(accelerator, f"--output_dir {folder} cannot be written to"):
+        if accelerator.is_main_process:
+            probe.touch()
+    deadline = time.monotonic() + PROBE_SECONDS
+    while not (found := probe.name in os.listdir(folder)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    places = gather_object([(found, socket.gethostname())])
+    if accelerator.is_main_process:
+        probe.unlink()
+    if lost := [f"process {i} on {host}" for i, (found, host) in enumerate(places) if not found]:
+        listed = ", ".join(lost[:8]) + (", …" if lost[8:] else "")
+        stop_all(accelerator, f"--output_dir {folder} is not one folder for all processes: a file that process 0 on "
+                 f"{places[0][1]} wrote there is not seen by {listed}, whose parts of checkpoints would be lost. "
+                 "Name a folder on a file system that all nodes share")  # fmt: skip
+    return folder
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -4186,6 +4222,14 @@ def describe_run(
   output     {args.output_dir}""")  # fmt: skip
     for note in doubtful_settings(args, total_steps):
         say(f"  note       {note}")
+
+
+def peak_memory() -> tuple[float, float | None]:
+    """GiB at most so far: of tensors and of the allocator on CUDA; without it those of the process, and None."""
+    if torch.cuda.is_available():
+        return tuple(round(peak() / 2**30, 3) for peak in (torch.cuda.max_memory_allocated,
+                                                           torch.cuda.max_memory_reserved))  # fmt: skip
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3), None
 
 
 def append_jsonl(path: Path, row: dict):

@@ -29,7 +29,6 @@ import itertools
 import json
 import math
 import re
-import resource
 import sys
 import textwrap
 import time
@@ -1069,8 +1068,7 @@ def main():
     accelerator = mv.make_accelerator(args)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir, is_main = mv.make_output_dir(accelerator, args), accelerator.is_main_process
     metrics_path = output_dir / "metrics.jsonl"
 
     # ---- data: everything that can be wrong with it is said before any weight is loaded
@@ -1257,8 +1255,7 @@ def main():
         # ---- log
         seconds = time.perf_counter() - started
         update_seconds = seconds - data_wait - rollout_seconds - reward_seconds
-        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
+        allocated, reserved = mv.peak_memory()
         row = {
             "step": state["step"],
             "epoch": round(samples_seen / len(records), 6),
@@ -1277,7 +1274,8 @@ def main():
             "reward_seconds": round(reward_seconds, 4),
             "rollout_tokens_per_second": round(counts["completion_tokens"] / (rollout_seconds or math.inf), 1),
             "update_tokens_per_second": round(counts["update_tokens"] / update_seconds, 1),
-            "max_memory_gb": round(memory, 3),
+            "max_memory_gb": allocated,
+            "max_memory_reserved_gb": reserved,
         }
         if bad or overflow:
             row["not_finite"] = "loss" if not loss_finite else "gradient"

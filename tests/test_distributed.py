@@ -1,6 +1,7 @@
 """Several processes on a CPU: DDP, ZeRO-2, ZeRO-3, with offload, and FSDP2 give the numbers of one process."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -210,6 +211,88 @@ def test_processes_wait_for_two_hours(monkeypatch, launched_with, cuda):
         for shared in (AcceleratorState, GradientState, PartialState):
             shared._reset_state()
     assert started.value.args == ("nccl" if cuda else "gloo", timedelta(hours=2))
+
+
+@pytest.mark.parametrize("name, value", [("", ""), ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64"),
+                                         ("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")])  # fmt: skip
+def test_allocator(monkeypatch, name, value):
+    """Segments grow unless the user has set something; it is set before accelerate starts CUDA."""
+
+    class Started(Exception):
+        pass
+
+    def start(**kwargs):
+        raise Started(os.environ.get("PYTORCH_ALLOC_CONF"))
+
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(variable, "")  # so that it is gone again after the test
+        monkeypatch.delenv(variable)
+    if name:
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mv, "Accelerator", start)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(Started) as started:
+        mv.make_accelerator(mv.TrainingArguments())
+    own = {"": "expandable_segments:True", "PYTORCH_ALLOC_CONF": value}
+    assert started.value.args == (own.get(name),)
+
+
+ROWS = """
+import torch
+import multivideo as mv
+
+args = mv.TrainingArguments(bf16=True, gradient_accumulation_steps=51, optim="sgd", learning_rate=1.0, max_grad_norm=0)
+accelerator, model = mv.make_accelerator(args), torch.nn.Linear(8, 8, bias=False).bfloat16()
+torch.nn.init.zeros_(model.weight)
+engine = mv.Engine(accelerator, model, args)
+assert engine.zero_stage == 2
+for i in range(51):
+    with engine.row(i == 50):
+        engine.backward(engine.model(torch.eye(8).bfloat16()).float().sum() * (0.002 if i else 1.0))
+print("norm", engine.step()[0])
+"""
+
+
+def test_gradients_of_rows_are_added_up_in_fp32(tmp_path, monkeypatch):
+    """Under ZeRO-2 in bf16 a row of gradients 1 and 50 rows of 0.002 make 1.1 on 8 × 8 weights; in bf16 it stays 1."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "rows.py").write_text(ROWS)
+    accelerate = Path(sys.executable).parent / "accelerate"
+    done = launch(accelerate, "launch", "--config_file", CONFIGS / "zero2.yaml", "--num_processes", 1,
+                  tmp_path / "rows.py")  # fmt: skip
+    assert float(done.stdout.split("norm ")[1].split()[0]) == pytest.approx(8.8, rel=1e-3)
+
+
+NODES = """
+import os, sys
+sys.path.insert(0, {root!r})
+import multivideo as mv
+import train_sft
+
+mv.PROBE_SECONDS = 1
+os.chdir(os.environ["RANK"])  # a node with a disk of its own has another folder under the same name
+sys.argv = ["train_sft.py", "--model_id", {model!r}, "--data_path", {data!r}, "--output_dir", "out"]
+mv.run(train_sft.main)
+"""
+
+
+def test_nodes_with_folders_of_their_own_are_refused(mixed, tmp_path):
+    """Only rank 0's folder would become the checkpoint: the run ends at once, and says what to do."""
+    for rank in "01":
+        (tmp_path / rank / "out").mkdir(parents=True)
+    script = NODES.format(root=str(ROOT), model=str(mixed[1]), data=str(mixed[3]))
+    (tmp_path / "nodes.py").write_text(script)
+    accelerate = Path(sys.executable).parent / "accelerate"
+    done = launch(accelerate, "launch", "--config_file", CONFIGS / "ddp.yaml", "--num_processes", 2,
+                  tmp_path / "nodes.py", cwd=tmp_path, check=False)  # fmt: skip
+    host = socket.gethostname()
+    message = (
+        f"train_sft.py: --output_dir out is not one folder for all processes: a file that process 0 on {host} wrote "
+        f"there is not seen by process 1 on {host}, whose parts of checkpoints would be lost. Name a folder on a file "
+        "system that all nodes share"
+    )
+    assert done.returncode and done.stderr.count(message) == 1 and "multivideo.py" not in done.stderr
+    assert [path for rank in "01" for path in (tmp_path / rank / "out").iterdir()] == []
 
 
 def test_memory_under_ddp(demo, monkeypatch):  # noqa: F811

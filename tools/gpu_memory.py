@@ -142,6 +142,7 @@ class MemoryModel:
         copy = 0 if launch["offload_weights"] else copy
         if kind == "DEEPSPEED":
             optimizer = self.trained * (12 if w == 2 else 8) / n  # with fp32 masters
+            gradients *= 2 if w == 2 and not args.fp16 else 1  # rows are added up in fp32
             gradients, step = gradients / (n if stage > 1 else 1), self.trained * 4 / n
             buckets = min(BUCKET, self.trained) * w
             if launch["offload_optimizer"]:
