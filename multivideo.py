@@ -132,7 +132,7 @@ class TrainingArguments:
     cache_dir: str | None = arg(None, "Where hub downloads are kept (default: the hub's own cache).")
     attn_implementation: str = arg(
         "auto",
-        "Attention kernel for packed rows. auto: varlen on CUDA in half precision, else sdpa.",
+        "Attention kernel for packed rows. auto: varlen in half precision on CUDA (A100 or newer), else sdpa.",
         choices=["auto", "varlen", "flash_attn", "sdpa"],
     )
     freeze_vision_tower: bool = arg(False, "Do not train the vision tower (its merger has its own flag).")
@@ -666,8 +666,15 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
                  f"{flag} needs bitsandbytes: pip install bitsandbytes")  # fmt: skip
     complain(args.attn_implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None,
              "--attn_implementation flash_attn needs the flash-attn package; varlen comes with torch")  # fmt: skip
-    complain(args.attn_implementation in ("varlen", "flash_attn") and not torch.cuda.is_available(),
+    flash = args.attn_implementation in ("varlen", "flash_attn")
+    complain(flash and not (args.bf16 or args.fp16 or args.pure_bf16),
+             f"--attn_implementation {args.attn_implementation} takes half precision only: add --bf16 True, or use "
+             "sdpa or auto")  # fmt: skip
+    complain(flash and not torch.cuda.is_available(),
              f"--attn_implementation {args.attn_implementation} needs a CUDA device: use sdpa or auto")  # fmt: skip
+    if flash and torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < FLASH_CAPABILITY:
+        problems.append(f"--attn_implementation {args.attn_implementation} needs a GPU of compute capability 8.0 or "
+                        f"newer, this one has {found[0]}.{found[1]}: use sdpa or auto")  # fmt: skip
     return problems
 
 
@@ -2391,6 +2398,18 @@ class PatchProjection(torch.nn.Module):
         return F.linear(patches.flatten(1), self.weight.flatten(1))
 
 
+FLASH_CAPABILITY = (8, 0)  # of the oldest cards (A100) for which there are flash kernels
+
+
+def attention_kernel(args: TrainingArguments, device) -> str:
+    """The kernel that --attn_implementation means on a device; auto: varlen where flash kernels run, else sdpa."""
+    if args.attn_implementation != "auto":
+        return args.attn_implementation
+    half = args.pure_bf16 or autocast_dtype(args) is not None
+    on_cuda = torch.device(device).type == "cuda"
+    return "varlen" if half and on_cuda and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY else "sdpa"
+
+
 def use_packed_attention(model, kernel: str):
     """Let every part of a loaded model compute attention by packed_attention with this kernel; see PatchProjection.
 
@@ -2632,10 +2651,7 @@ def load_model(
             load_adapter(model, args, path)
     if not split:
         model.to(device)
-    kernel = args.attn_implementation
-    if kernel == "auto":
-        kernel = "varlen" if low is not None and torch.device(device).type == "cuda" else "sdpa"
-    use_packed_attention(model, kernel)
+    use_packed_attention(model, attention_kernel(args, device))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # which it switched on: frozen parts would get gradients for nothing
@@ -4210,10 +4226,13 @@ def describe_run(
     cache = f"{args.video_cache}, at most {args.video_cache_limit_gb:g} GB" if args.video_cache else "none"
     if args.video_cache and (others := VideoCache.describe_other_versions(args.video_cache)):
         cache += f"; {others}"
+    kernels = [part._attn_implementation.removeprefix("flash_packed_")
+               for part in (model.config.vision_config, model.config.get_text_config())]  # fmt: skip
     arithmetic = f"{args.per_device_train_batch_size} samples × {rows} rows × {world_size} processes"
     say(f"""  records    {len(records)}, {per_step} per step = {arithmetic}
   steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
   trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}{tokens}
+  attention  {kernels[0]} in the tower, {kernels[1]} in the decoder
   video      {size}
   frames     {frames}
   sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual

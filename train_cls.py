@@ -228,11 +228,15 @@ def objective(logits: torch.Tensor, targets: torch.Tensor, args, weights: torch.
 
 
 class ScoreLinear(torch.nn.Linear):
-    """A linear layer that always computes in fp32: bf16 logits would come in steps of 0.4 %."""
+    """A linear layer that always computes in fp32: bf16 logits would come in steps of 0.4 %.
+
+    The few rows of a packed one go through fp64 products, which --tf32 leaves alone in both directions.
+    """
 
     def forward(self, hidden):
+        dtype = torch.float64 if hidden.ndim == 2 else torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.weight.float())
+            return F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
 
 
 class VideoSequenceClassifier(GenericForSequenceClassification):
