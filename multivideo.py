@@ -78,7 +78,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from transformers.utils import cached_file
@@ -3005,6 +3005,10 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     )
     if launched_with("fsdp") and not accelerator.is_fsdp2:
         raise InputError("FSDP needs GPUs and fsdp_version 2: take accelerate_configs/fsdp2.yaml, or ddp.yaml on CPUs")
+    if accelerator.is_fsdp2 and (low := autocast_dtype(args)):
+        # Gathered in the low type: autocast would cast gathered fp32 weights, and the graph keep all of these copies.
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if use_deepspeed:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config.update(
@@ -3186,13 +3190,20 @@ class Engine:
             offload.fwd_pre_hook = offload.module.register_forward_pre_hook(reset, prepend=True)
         elif self.accelerator.is_fsdp2:
             blocks = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+            groups, meshes = [], []  # of parameters, and what set_reshard_after_forward sets of each
+            for block in blocks:
+                state = block._get_fsdp_state()
+                root_keeps = block is self.model and state._auto_reshard_after_forward  # set in the first forward
+                groups += state._fsdp_param_groups
+                meshes += [None if root_keeps else group.post_forward_mesh_info for group in state._fsdp_param_groups]
             for block in blocks:
                 block.set_reshard_after_forward(False, recurse=False)
                 block.unshard()
             yield
             for block in blocks:
                 block.reshard()
-                block.set_reshard_after_forward(block is not self.model, recurse=False)  # torch's own default
+            for group, mesh in zip(groups, meshes):
+                group.post_forward_mesh_info = mesh
         else:
             yield
 

@@ -156,8 +156,8 @@ def test_bad_steps_update_nothing_under_deepspeed(mixed, tmp_path, config):
     assert [row.get("not_finite") for row in metrics(tmp_path)] == [None, "loss", "loss"]
 
 
-def test_fsdp2_with_fully_shard(mixed, demo, alone, tmp_path):  # noqa: F811
-    """Engine and checkpoints on torch's own fully_shard: losses of one process, continued to the last bit."""
+def test_fsdp2(mixed, demo, alone, tmp_path):  # noqa: F811
+    """FSDP2 as accelerate does it, two processes: losses of one, continued to the last bit; bf16 (see the worker)."""
     torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "tests/fsdp2_worker.py"]
     data = [demo / "model", mixed[3], demo / "videos"]
     (tmp_path / "a").mkdir()
