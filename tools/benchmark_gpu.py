@@ -157,17 +157,21 @@ class RandomPixels(mv.Encoder):
         return [(*clip, SECONDS_PER_GRID) for clip in clips], False
 
 
+def raw_record(objective: str, videos: int, i: int) -> dict:
+    """Record `i` of an objective as a data file has it."""
+    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    return {"video": [f"{v}.mp4" for v in range(videos)]} | {
+        "sft": {"conversations": turns},
+        "dpo": {"prompt": QUESTION, "chosen": ANSWER, "rejected": REJECTED},
+        "cls": {"prompt": QUESTION, "label": "ab"[i % 2]},
+        "grpo": {"conversations": turns},
+    }[objective]
+
+
 def make_record(objective: str, videos: int, i: int) -> dict:
     """Record `i` in the schema of an objective's trainer."""
-    names = [f"{v}.mp4" for v in range(videos)]
-    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
-    record, trainer = {
-        "sft": ({"video": names, "conversations": turns}, train_sft),
-        "dpo": ({"video": names, "prompt": QUESTION, "chosen": ANSWER, "rejected": REJECTED}, train_dpo),
-        "cls": ({"video": names, "prompt": QUESTION, "label": "ab"[i % 2]}, train_cls),
-        "grpo": ({"video": names, "conversations": turns}, train_grpo),
-    }[objective]
-    return trainer.normalize_record(record, f"record {i}")
+    trainer = {"sft": train_sft, "dpo": train_dpo, "cls": train_cls, "grpo": train_grpo}[objective]
+    return trainer.normalize_record(raw_record(objective, videos, i), f"record {i}")
 
 
 def padded(samples: list[dict], encoder: mv.Encoder) -> dict:
