@@ -2266,6 +2266,12 @@ def load_config(source: str, args: TrainingArguments):
 # ----------------------------------------------------------------------------------------- 5. packing and attention
 
 
+def to_device(array: np.ndarray, device) -> torch.Tensor:
+    """The array as a tensor on the device; to CUDA through pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+
+
 @dataclass
 class AttentionPlan:
     """Which token of a packed row may see which: consecutive segments, each causal in itself.
@@ -2295,13 +2301,13 @@ class AttentionPlan:
                  for s, p in enumerate(prefixes)]  # fmt: skip
         key_lengths = [sum(b - a for a, b in span) for span in spans]
         shared = any(p is not None for p in prefixes)
-        rows = torch.cat([torch.arange(a, b) for span in spans for a, b in span]).to(device) if shared else None
+        rows = np.concatenate([np.arange(a, b) for span in spans for a, b in span]) if shared else None
 
         def cumulative(values):
-            return torch.tensor([0, *np.cumsum(values).tolist()], dtype=torch.int32, device=device)
+            return to_device(np.cumsum([0, *values], dtype=np.int32), device)
 
         return cls(list(lengths), prefixes, max(lengths), max(key_lengths), cumulative(lengths),
-                   cumulative(key_lengths), rows)  # fmt: skip
+                   cumulative(key_lengths), None if rows is None else to_device(rows, device))  # fmt: skip
 
 
 def packed_attention(
@@ -2426,8 +2432,8 @@ def use_packed_attention(model, kernel: str):
 
 def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Tensor:
     """uint8 [P, 3·2·patch²] → float32, (x − 255·mean) / (255·std) per colour channel, as the HF processors fuse it."""
-    mean = torch.tensor(image_mean, device=patches.device)[:, None] * 255
-    std = torch.tensor(image_std, device=patches.device)[:, None] * 255
+    mean, std = (to_device(np.array(values, np.float32), patches.device)[:, None] * 255
+                 for values in (image_mean, image_std))  # fmt: skip
     return patches.unflatten(1, (3, -1)).float().sub_(mean).div_(std).flatten(1)  # in place: it is large
 
 
@@ -2463,7 +2469,7 @@ def tower_inputs(grids: np.ndarray, encoder: Encoder, device) -> dict:
         merged = starts // encoder.merge_size**2
         inputs["window_index"] = np.concatenate([clip[1] + start for clip, start in zip(clips, merged)])
         inputs |= cumulative("window_seqlen", np.concatenate([clip[2] + s for clip, s in zip(clips, starts)]))
-    return {f"video_{name}": torch.from_numpy(value).to(device, non_blocking=True)
+    return {f"video_{name}": to_device(value, device)
             if isinstance(value, np.ndarray) else value for name, value in inputs.items()}  # fmt: skip
 
 
@@ -2490,8 +2496,7 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
         samples = [*samples, dummy]
 
     def together(name, axis=0):
-        joined = np.concatenate([sample[name] for sample in samples], axis)
-        return torch.from_numpy(joined).to(device, non_blocking=True)
+        return to_device(np.concatenate([sample[name] for sample in samples], axis), device)
 
     if samples[-1]["patches"] is None:
         pixels = torch.zeros(encoder.merge_size**2, encoder.patch_dim, device=device)
@@ -2511,16 +2516,14 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
         targets.append(labels[supervised])
         sequences.append(count + np.repeat(np.arange(len(parts)), parts)[supervised] - (len(parts) > 1))
         tokens, count = tokens + len(labels), count + max(1, len(parts) - 1)
-    kept, targets, sequences = (
-        torch.from_numpy(np.concatenate(values)).to(device, non_blocking=True) for values in (kept, targets, sequences)
-    )
+    kept, targets, sequences = (to_device(np.concatenate(values), device) for values in (kept, targets, sequences))
     grids = np.concatenate([sample["video_grid_thw"] for sample in samples])
     row = {
         "input_ids": together("input_ids")[None],
         "position_ids": together("position_ids", 1)[:, None],
         "plan": AttentionPlan.make(lengths, prefixes, device),
         "pixel_values_videos": pixels,
-        "video_grid_thw": torch.from_numpy(grids).to(device, non_blocking=True),
+        "video_grid_thw": torch.from_numpy(grids),  # on the CPU, where the model reads its numbers
         **tower_inputs(grids, encoder, device),
         "logits_to_keep": kept,
         "use_cache": False,
@@ -2715,6 +2718,8 @@ def add_adapter(model, trained: set[str], args: TrainingArguments, tokens: dict[
             for original, copy in zip(wrapper.original_module.modules(), wrapper.modules_to_save["default"].modules()):
                 if hasattr(original, "config"):
                     copy.config = original.config
+        elif hasattr(wrapper, "cast_input_dtype_enabled") and not config.use_dora:
+            wrapper.cast_input_dtype_enabled = False  # to fp32, for autocast to cast it back; DoRA's norms need it
     assert targets is None or sorted(model.targeted_module_names) == sorted(targets), "peft matched other modules"
     if tied and any(name.endswith(("lm_head", "embed_tokens")) for name in model.targeted_module_names):
         raise InputError(f"{args.model_id} has one matrix as embeddings and head; adapters on it could not be merged: "
@@ -3094,7 +3099,7 @@ def exchange(accelerator: Accelerator, state: dict, window: list[int], counts: d
         InputError: the processes are not at the same step, records or number of bad steps.
     """
     own = [state["step"], zlib.crc32(json.dumps(window).encode()), state["bad_steps"], len(caught), *counts.values()]
-    rows = accelerator.gather(torch.tensor([own], dtype=torch.float64, device=accelerator.device)).long()
+    rows = accelerator.gather(to_device(np.array([own], np.float64), accelerator.device)).cpu().long()
     if (rows[:, :3] != rows[0, :3]).any():
         places = [f"process {i}: after step {step}, records {crc:08x}, {bad} bad steps in a row"
                   for i, (step, crc, bad) in enumerate(rows[:, :3].tolist())]  # fmt: skip
@@ -4189,6 +4194,7 @@ def doubtful_settings(args: TrainingArguments, total_steps: int) -> list[str]:
     return notes
 
 
+ROW_TOKENS = 2000  # of a row on CUDA: with fewer the GPU waits for its next operation most of the time
 BANNER_RECORDS = 200  # that the banner looks at
 
 
@@ -4250,7 +4256,13 @@ def describe_run(
   positions  {positions}
   cache      {cache}
   output     {args.output_dir}""")  # fmt: skip
-    for note in doubtful_settings(args, total_steps):
+    notes = doubtful_settings(args, total_steps)
+    row_tokens = first.get("num_tokens", 0) * args.per_device_train_batch_size  # GRPO's have the completions, too
+    if torch.cuda.is_available() and 0 < row_tokens < ROW_TOKENS and not hasattr(args, "num_generations"):
+        enough = math.ceil(ROW_TOKENS / first["num_tokens"])
+        notes.append(f"rows of about {row_tokens:,} tokens keep a GPU waiting: give --per_device_train_batch_size "
+                     f"{enough} and fewer --gradient_accumulation_steps")  # fmt: skip
+    for note in notes:
         say(f"  note       {note}")
 
 

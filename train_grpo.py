@@ -661,6 +661,9 @@ def score(functions: dict, groups: list[dict], columns: list[str]) -> torch.Tens
 # --------------------------------------------------------------------------------------------------------- rollouts
 
 
+END_CHECK_TOKENS = {"cpu": 1, "cuda": 8}  # decoded between two looks at which completions have ended
+
+
 def sample_tokens(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Tokens by inverse transform sampling: scores [R, V] (fp32 logits), draws [R] (uniform in [0, 1), fp64) → [R].
 
@@ -739,6 +742,7 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
     warpers = LogitsProcessorList([TopPLogitsWarper(args.top_p)] if args.top_p < 1 else [])
     warpers += [MinPLogitsWarper(args.min_p)] if args.min_p else []
     stops = torch.tensor(end_tokens(model, encoder), device=device)
+    vision_ids = torch.tensor(encoder.vision_ids, device=device)  # a list would be copied for each token
 
     tokens = torch.full((P, G, args.max_completion_length), -1, device=device)
     logps = torch.zeros(P, G, args.max_completion_length, device=device)
@@ -750,7 +754,7 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
         scores = penalty(seen.flatten(0, 1), raw) if penalty else raw
         if draws is not None:
             scores = scores / args.temperature if penalty else scaled
-        scores[:, encoder.vision_ids] = scores[:, len(encoder.tokenizer) :] = -math.inf  # and ids of no token
+        scores[:, vision_ids] = scores[:, len(encoder.tokenizer) :] = -math.inf  # and ids of no token
         if draws is None:
             token = scores.argmax(-1)
         else:
@@ -763,12 +767,16 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
         tokens[rows, :, t] = torch.where(running, token, -1)
         logps[rows, :, t] = logp.view(-1, G)
         ended[rows] |= torch.isin(token, stops)
-        going = ~ended[rows].all(1)
-        if t + 1 == args.max_completion_length or not going.any() or caught:
+        if t + 1 == args.max_completion_length or caught:
             break
+        going = None  # which prompts have completions that go on; to ask, the host waits for the device
+        if (t + 1) % END_CHECK_TOKENS[torch.device(device).type] == 0:
+            going = ~ended[rows].all(1)
+            if not going.any():
+                break
         seen = torch.cat([seen, token[..., None]], -1)
         sees = torch.cat([sees, own.expand(len(rows), 1, G, G)], -1)
-        if not going.all():  # prompts whose completions have all ended leave
+        if going is not None and not going.all():  # prompts whose completions have all ended leave
             rows, token, seen, sees = rows[going], token[going], seen[going], sees[going]
             cache.batch_select_indices(going.nonzero()[:, 0])
         logits = model(
