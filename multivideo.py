@@ -81,6 +81,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -247,6 +248,9 @@ class TrainingArguments:
     fp16: bool = arg(False, "fp16 autocast with a loss scaler: trained weights stay fp32, frozen ones are fp16.")
     pure_bf16: bool = arg(False, "Everything in bf16, trained weights too: small learning rates then change nothing.")
     tf32: bool = arg(True, "TF32 matrix products in fp32 on CUDA.")
+    torch_compile: bool = arg(
+        False, "Compile decoder layers and tower blocks one by one: one process or DDP; what it gains is not measured."
+    )
     seed: int = arg(42, "Seed of the record order and of all random numbers.")
 
     # evaluation, checkpoints, logs
@@ -315,7 +319,7 @@ REPLACED_FLAGS = {
     **dict.fromkeys(["optim_args", "optim_target_modules"], "drop it: --optim has no options but Adam's own flags"),
     "label_smoothing_factor": "drop it: the loss is the plain negative log-likelihood (for another, change sft_loss)",
     "neftune_noise_alpha": "drop it: there is no noise on embeddings; against overfitting there is --lora_dropout",
-    **dict.fromkeys(["torch_compile", "torch_compile_backend", "torch_compile_mode"], "drop it: nothing is compiled"),
+    **dict.fromkeys(["torch_compile_backend", "torch_compile_mode"], "use --torch_compile True: inductor's defaults"),
     **dict.fromkeys(["push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
                      "hub_revision"], "drop it, and upload after the training: hf upload NAME OUTPUT_DIR"),
     **dict.fromkeys(["save_only_model", "save_on_each_node", "enable_jit_checkpoint"],
@@ -584,6 +588,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
              "True): quantised weights cannot be trained themselves")  # fmt: skip
     complain(args.bits < 16 and args.unfreeze_topk_llm,
              f"--unfreeze_topk_llm with --bits {args.bits}: quantised layers cannot be trained: drop one")  # fmt: skip
+    complain(args.torch_compile and (launched_with("deepspeed") or launched_with("fsdp")), "--torch_compile True runs "
+             "in one process or under DDP: drop it, or choose another file of accelerate_configs/")  # fmt: skip
     complain(args.bits < 16 and (launched_with("deepspeed") or launched_with("fsdp")), f"--bits {args.bits} runs in "
              "one process or under DDP: choose another file of accelerate_configs/")  # fmt: skip
     complain(args.lora_rank <= 0, f"--lora_rank {args.lora_rank}: must be above 0")
@@ -2658,7 +2664,20 @@ def load_model(
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # which it switched on: frozen parts would get gradients for nothing
+    if args.torch_compile:
+        compile_blocks(model)
     return model
+
+
+COMPILE = {"dynamic": True, "backend": "inductor"}  # dynamic: rows differ in length
+
+
+def compile_blocks(model):
+    """Compile the forward of each decoder layer and tower block in place: modules and names stay as they are."""
+    torch._dynamo.config.recompile_limit = 64  # all blocks of a kind share one cache
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(**COMPILE)
 
 
 def quantization(args: TrainingArguments, low: torch.dtype | None, device) -> dict:

@@ -697,7 +697,8 @@ def generate(engine, prompts: list[dict], encoder, args, draws: list[np.ndarray]
         chunks[-1].append(i)
     was_training = model.training
     model.eval()  # no dropout
-    with engine.autocast():  # one context: weights are cast once
+    # One context: weights are cast once. Compiled blocks run eagerly: each token's cache has another length.
+    with engine.autocast(), torch.compiler.set_stance("force_eager"):
         for chunk in chunks:
             noise = None if draws is None else torch.from_numpy(np.stack([draws[i] for i in chunk]))  # [P, G, L]
             out = _decode(model, [prompts[i] for i in chunk], encoder, args, noise, engine.accelerator.device, caught)
