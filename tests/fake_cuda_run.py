@@ -2,13 +2,14 @@
 
     LD_PRELOAD=shim.so python tests/fake_cuda_run.py OUT RUN …
 
-A RUN is an objective, or one with a variant of VARIANTS, as in sft+lora. Random pixels and random weights of the tiny
-model stand for files; nothing is saved. OUT gets a JSON object: for each run its error, or a list with what there is
-of each row of metrics.jsonl: its kind, how often the host waited for the device and where, launches, attention
-backends.
+A RUN is an objective, or one with a variant of VARIANTS, as in sft+lora, or "benchmark". Random pixels and random
+weights of the tiny model stand for files; nothing is saved. OUT gets a JSON object: for each run its error, or a list
+with what there is of each row of metrics.jsonl: its kind, how often the host waited for the device and where,
+launches, attention backends.
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -45,9 +46,9 @@ VARIANTS = {
 TRAINERS = {"sft": train_sft, "dpo": train_dpo, "grpo": train_grpo, "cls": train_cls}
 
 
-def fake_accelerator(**options):
+def fake_accelerator(kind, **options):
     """An Accelerator of one process on cuda:0, which accelerate would not find."""
-    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator = kind(cpu=True)
     accelerator.state.device = accelerate.PartialState().device = torch.device("cuda", 0)
     accelerator.device_placement = False
     prepare = accelerator.prepare_optimizer
@@ -98,9 +99,14 @@ def run(objective, variant=None):
             gpu.reset()
             return append(path, row)
 
-        for name, value in {"Accelerator": fake_accelerator, "Encoder": benchmark_gpu.RandomPixels,
-                            "append_jsonl": counted, "publish_model": lambda *args: None,
-                            "save_checkpoint": lambda *args: None}.items():  # fmt: skip
+        replaced = {
+            "Accelerator": functools.partial(fake_accelerator, accelerate.Accelerator),
+            "Encoder": benchmark_gpu.RandomPixels,
+            "append_jsonl": counted,
+            "publish_model": lambda *args: None,
+            "save_checkpoint": lambda *args: None,
+        }
+        for name, value in replaced.items():
             stack.enter_context(mock.patch.object(mv, name, value))
         if variant == "a tensor on the CPU":
             made = mv.tower_inputs
@@ -115,9 +121,34 @@ def run(objective, variant=None):
     return rows
 
 
+def measure(folder):
+    """tools/benchmark_gpu.py on the tiny model: its results, one cell of each part; SFT and GRPO as training."""
+    every = benchmark_gpu.list_cells
+
+    def few(scale, ways):
+        cells = [cell for cell in every(scale, ways) if cell["pixels"] == 56 and cell.get("checkpointing", True)]
+        lora = [cell for cell in cells if cell.get("objective") in ("sft", "grpo") and cell["parameters"] == "lora"]
+        parts = [cell for cell in cells if cell["part"] != "training" and cell.get("way", "ours") == "ours"]
+        return lora + parts
+
+    sys.argv = ["benchmark_gpu.py", "--device", "cuda", "--model", "tiny", "--random_weights", "--minutes", "100",
+                "--output_dir", folder]  # fmt: skip
+    accelerator = functools.partial(fake_accelerator, accelerate.Accelerator)
+    with (
+        FakeCuda(),
+        mock.patch.object(accelerate, "Accelerator", accelerator),
+        mock.patch.object(benchmark_gpu, "list_cells", few),
+        mock.patch.object(mv, "compile_blocks", lambda model: None),  # inductor would look for the card
+        contextlib.suppress(SystemExit),  # checks do not hold: there are no numbers to compare
+    ):
+        benchmark_gpu.main()
+    return json.loads((Path(folder) / "gpu.json").read_text())["tiny"]
+
+
 def answer(pipe, name):
     try:
-        result = run(*name.split("+"))
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(folder) if name == "benchmark" else run(*name.split("+"))
     except Exception as error:
         traceback.print_exc()
         result = f"{type(error).__name__}: {error}"

@@ -24,7 +24,8 @@ def runs(tmp_path_factory):
     shim = folder / "shim.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", HERE / "shim.c", "-o", shim], check=True)
     done = subprocess.run(
-        [sys.executable, HERE / "fake_cuda_run.py", folder / "out.json", *OBJECTIVES, "sft+a tensor on the CPU"],
+        [sys.executable, HERE / "fake_cuda_run.py", folder / "out.json", *OBJECTIVES, "sft+a tensor on the CPU",
+         "benchmark"],
         env={**os.environ, "LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=400,
     )  # fmt: skip
@@ -63,3 +64,15 @@ def test_host_waits(runs):
     assert step["pageable"] == {}
     *_, step = [row for row in runs["grpo"] if row["kind"] == "step"]
     assert max(count for place, count in step["waits"].items() if "train_grpo.py" in place) < 8, step["waits"]
+
+
+def test_benchmark_runs_to_its_end(runs):
+    """Every check and every part of tools/benchmark_gpu.py comes to its end where kernels have no numbers."""
+    results = runs["benchmark"]
+    ours = [cell for cell in results["cells"] if cell.get("way") != "usual"]
+    assert {cell["status"] for cell in ours} == {"measured"}, ours
+    assert {cell["part"] for cell in results["cells"]} == {
+        "training", "packing", "rollouts", "optimizer", "tower", "attention", "decoding",
+    }  # fmt: skip
+    assert len(results["checks"]) == 6
+    assert not [figures for figures in results["checks"].values() if {"failed", "skipped"} & figures.keys()]
