@@ -19,6 +19,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -40,6 +41,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 import uuid
 import zlib
 from collections import Counter, deque
@@ -48,42 +50,44 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
-import huggingface_hub
-import numpy as np
-import pyarrow.compute as pc
-import safetensors.numpy
-import torch
-import torch.nn.functional as F
-import transformers
-import xxhash
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    LoggerType,
-    fsdp2_prepare_model,
-    gather_object,
-)
-from datasets import Dataset, Features, List, Value
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import cached_file
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+try:
+    import huggingface_hub
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import safetensors.numpy
+    import torch
+    import torch.nn.functional as F
+    import transformers
+    import xxhash
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        DistributedType,
+        InitProcessGroupKwargs,
+        LoggerType,
+        fsdp2_prepare_model,
+        gather_object,
+    )
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from PIL import Image
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+    from transformers import HfArgumentParser
+except ModuleNotFoundError as error:  # most likely the wrong Python
+    raise SystemExit(
+        f"{Path(sys.argv[0]).name}: no module {error.name!r} in this Python, {sys.executable}. Activate the "
+        "environment: source .venv/bin/activate (make setup creates it; elsewhere: pip install -r requirements.txt)"
+    ) from None
+
+# Slow to import, therefore reached where it is used (transformers loads its modules when a name is first asked for):
+# models and processors, datasets, torch.distributed, peft, scikit-learn. --help takes half of the time then.
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Qwen's reference numbers (qwen_vl_utils 0.0.14): frames per second, frames, tokens.
 FRAME_FACTOR = 2  # frames merged into one temporal patch: frame counts are multiples of it
@@ -199,6 +203,11 @@ class TrainingArguments:
     )
     max_bad_ratio: float = arg(0.01, "Stop when more than this share of the videos so far (at least 1,000) was bad.")
     decode_timeout: float = arg(60.0, "Seconds after which a file that is still being decoded counts as bad.")
+    video_reader: str = arg(
+        "pyav",
+        "What decodes videos. decord: to match earlier runs; it conceals damage, and PyAV reads what it cannot.",
+        choices=["pyav", "decord"],
+    )
     video_cache: str | None = arg(
         None,
         "Folder that keeps decoded frames, or none (default: $MULTIVIDEO_CACHE, $HF_HOME/multivideo or "
@@ -287,6 +296,17 @@ class TrainingArguments:
         return "fine-tuning"
 
 
+def flags_between(first: str, last: str) -> set[str]:
+    """Names of the shared flags from `first` to `last`, in the order of TrainingArguments."""
+    names = [flag.name for flag in dataclasses.fields(TrainingArguments)]
+    return set(names[names.index(first) : names.index(last) + 1])
+
+
+# What a record becomes: the flags that tools share with training.
+SAMPLE_FLAGS = {
+    "model_id", "cache_dir", "data_path", "image_folder", "system_prompt", "max_seq_length", "decode_timeout",
+    "video_cache", *flags_between("fps", "max_video_tokens"),
+}  # fmt: skip
 # Flags that mean nothing without --lora_enable, and those that an adapter's own config answers.
 ADAPTER_FLAGS = ["use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "lora_namespan_exclude",
                  "num_lora_modules", "lora_weight_path"]  # fmt: skip
@@ -311,7 +331,6 @@ REPLACED_FLAGS = {
     "logging_strategy": "drop it: metrics.jsonl has every step, --logging_steps is for trackers",
     "logging_dir": "drop it: everything goes to --output_dir",
     "overwrite_output_dir": "choose another --output_dir, or --resume_from_checkpoint auto",
-    "video_decoder": "drop it: every video is decoded exactly by one decoder, PyAV",
     "lr_scheduler_kwargs": "drop it: the schedules of --lr_scheduler_type take no options",
     **dict.fromkeys(["activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"],
                     "use --gradient_checkpointing True, which is not reentrant and has no options"),
@@ -392,6 +411,8 @@ RENAMED_FLAGS = {
     **dict.fromkeys(["num_frames", "n_frames", "video_num_frames"], "--nframes"),
     **dict.fromkeys(["video_maxlen", "video_max_frames", "fps_max_frames"], "--max_frames"),
     **dict.fromkeys(["video_min_frames", "fps_min_frames"], "--min_frames"),
+    **dict.fromkeys(["video_decoder", "video_backend", "video_load_backend", "video_reader_backend"],
+                    "--video_reader"),
     "max_pixels": "--video_max_pixels (or --image_max_pixels)",
     "min_pixels": "--video_min_pixels (or --image_min_pixels)",
     **dict.fromkeys(["flash_attn", "use_flash_attn", "attn_impl"], "--attn_implementation"),
@@ -419,10 +440,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help + " [%(default)s]" if shown else action.help
 
 
-def parse_arguments(arguments_class, argv: list[str] | None = None, unchecked: tuple[str, ...] = ()):
+def parse_arguments(
+    arguments_class, argv: list[str] | None = None, unchecked: tuple[str, ...] = (), used: set[str] | None = None
+):
     """Read the command line into `arguments_class` (a TrainingArguments), reporting every problem at once.
 
-    `unchecked`: flags that are read but may have any value, for tools that do not use them.
+    For tools: `unchecked` flags may have any value; --help shows the `used` ones alone (default: all) and says that
+    the others of a training command change nothing.
 
     Raises:
         SystemExit: 0 with a hint when nothing was typed, 2 with all problems when anything is wrong.
@@ -438,6 +462,11 @@ def parse_arguments(arguments_class, argv: list[str] | None = None, unchecked: t
         arguments_class, allow_abbrev=False, exit_on_error=False, description=inspect.getdoc(sys.modules["__main__"]),
         formatter_class=_HelpFormatter,
     )  # fmt: skip
+    if used is not None:
+        parser.epilog = "The other flags of a training command may be given too; they change nothing here."
+        for action in parser._actions:
+            if action.dest not in {"help", *used}:
+                action.help = argparse.SUPPRESS
     groups = []  # a flag and the words after it
     for word in argv:
         if not groups or re.match(r"--?[A-Za-z][\w-]*(=|$)", word):
@@ -530,6 +559,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         looks_local(args.model_id) and not Path(args.model_id).is_dir(), f"--model_id {args.model_id}: no such folder"
     )
 
+    complain(args.video_reader == "decord" and not _has_decord2(), "--video_reader decord needs the package decord2: "
+             "pip uninstall decord, pip install 'decord2>=3.4'")  # fmt: skip
     complain({"fps", "nframes"} <= given, "--fps and --nframes contradict each other: give one")
     for kind in ("image", "video"):
         width, height = getattr(args, f"{kind}_resized_width"), getattr(args, f"{kind}_resized_height")
@@ -684,6 +715,14 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
     return problems
 
 
+def _has_decord2():
+    """The maintained build; the package decord has the same module, with an FFmpeg of 2018."""
+    try:
+        return tuple(map(int, importlib.metadata.version("decord2").split(".")[:2])) >= (3, 4)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def _listed(text):
     """The strings of a Python or JSON list, None if it is anything else."""
     try:
@@ -782,12 +821,12 @@ def say(message: str):
 # -------------------------------------------------------------------------------------------------------- 2. records
 
 # The one schema. A part's `files` holds one path (video, image) or several (frames: images that make one video).
-PART = {"type": Value("string"), "text": Value("string"), "files": List(Value("string")),
-        "fps": Value("float64"), "nframes": Value("int64"), "start": Value("float64"), "end": Value("float64"),
-        "min_pixels": Value("int64"), "max_pixels": Value("int64"),
-        "resized_width": Value("int64"), "resized_height": Value("int64")}  # fmt: skip
-MESSAGES = List({"role": Value("string"), "content": List(PART)})
-CONVERSATION = Features({"id": Value("string"), "messages": MESSAGES})
+PART = {"type": pa.string(), "text": pa.string(), "files": pa.list_(pa.string()),
+        "fps": pa.float64(), "nframes": pa.int64(), "start": pa.float64(), "end": pa.float64(),
+        "min_pixels": pa.int64(), "max_pixels": pa.int64(),
+        "resized_width": pa.int64(), "resized_height": pa.int64()}  # fmt: skip
+MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(pa.struct(PART))}))
+CONVERSATION = pa.schema({"id": pa.string(), "messages": MESSAGES})
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # of an assistant turn
@@ -927,9 +966,9 @@ def _media_part(kind, item):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a number, got {_short(value)}")
             if not 0 <= value < 2**53 or (value == 0 and key not in ("start", "end")):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be above 0 (and finite), got {value!r}")
-            if PART[key].dtype == "int64" and value != int(value):
+            if PART[key] == pa.int64() and value != int(value):
                 raise ValueError(f"{kind} {_short(item)}: option {key!r} must be a whole number, got {value}")
-            options[key] = int(value) if PART[key].dtype == "int64" else float(value)
+            options[key] = int(value) if PART[key] == pa.int64() else float(value)
         if options.get("nframes") == 1:
             raise ValueError(f"{kind} {_short(item)}: option 'nframes' 1: the fewest is 2, one temporal patch")
         if options.get("start", 0) >= options.get("end", math.inf):
@@ -944,9 +983,11 @@ def _media_part(kind, item):
     files = list(item) if frames else [item]
     if not files:
         raise ValueError("video: an empty list of frame images; give at least one")
-    for path in files:
+    for i, path in enumerate(files):
         if not isinstance(path, str) or not path:
             raise ValueError(f"{kind}: expected a file path, got {_short(path)}; where there is none, leave it out")
+        if local := re.fullmatch(r"file://(?:localhost)?(/.*)", path, re.IGNORECASE | re.DOTALL):
+            path = files[i] = urllib.parse.unquote(local[1])
         if path.lower().endswith(STILL_SUFFIXES if kind == "video" and not frames else CLIP_SUFFIXES):
             raise ValueError(
                 f"{kind} {path!r}: a video file where an image is expected: put it under 'video', in one flat list"
@@ -1203,6 +1244,8 @@ def _find_in_list(path):
 
 def _open_table(source):
     """A Parquet file, a dataset folder or a hub dataset; media columns give paths, nothing is decoded."""
+    import datasets
+
     path = Path(source)
     try:
         if path.suffix.lower() == ".parquet":
@@ -1220,17 +1263,18 @@ def _open_table(source):
     for name, feature in table.features.items():  # give paths, decode nothing
         if isinstance(getattr(feature, "feature", feature), (datasets.Image, datasets.Video)):
             inner = type(getattr(feature, "feature", feature))(decode=False)
-            table = table.cast_column(name, List(inner) if hasattr(feature, "feature") else inner)
+            table = table.cast_column(name, datasets.List(inner) if hasattr(feature, "feature") else inner)
     return table
 
 
-def load_records(source: str, normalize=normalize_conversation, features: Features = CONVERSATION) -> Dataset:
+def load_records(source: str, normalize=normalize_conversation, schema: pa.Schema = CONVERSATION) -> "Dataset":
     """All records in one fixed schema, memory-mapped: converted once, found again by the file's identity.
 
     Raises:
         ValueError: counts all bad records and lists the first different problems, each with its first places; says
             so when there is no record at all.
     """
+    import datasets
 
     def rows(source, identity, normalize):
         count, bad, problems = 0, 0, {}  # problem: [its records, the first places]
@@ -1272,10 +1316,10 @@ def load_records(source: str, normalize=normalize_conversation, features: Featur
     function = getattr(normalize, "func", normalize)
     sources = project_sources(__file__, inspect.getsourcefile(function) or "")
     code = [sources, inspect.getsource(function), str(getattr(normalize, "keywords", ""))]
-    key = hashlib.sha256(json.dumps([source, identity, code, str(features)]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([source, identity, code, str(schema)]).encode()).hexdigest()[:32]
     try:
-        return Dataset.from_generator(
-            rows, features=features, fingerprint=key,
+        return datasets.Dataset.from_generator(
+            rows, features=datasets.Features.from_arrow_schema(schema), fingerprint=key,
             gen_kwargs={"source": source, "identity": key, "normalize": normalize},
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
@@ -1390,21 +1434,37 @@ def target_size(part: dict, height: int, width: int, num_frames: int, args, fact
     return smart_resize(height, width, factor, min(min_pixels, max_pixels), max_pixels)
 
 
-def sample_frames(part: dict, total_frames: int, video_fps: float, args, at_most: int | None = None):
+def sample_frames(
+    part: dict, total_frames: int, video_fps: float, args, at_most: int | None = None,
+    times: list[float] | None = None,
+):  # fmt: skip
     """Which frames of a video are taken: `(indices, sampled_fps)`, frames per second of the frames that were taken.
 
     Source: smart_nframes and calculate_video_frame_range of qwen_vl_utils. Where the reference refuses (a clip with
     fewer frames than asked), the clip gives all it has, an even number, or its single frame.
 
+    `times` (seconds from the first frame, ascending) are given where the rate varies: of as many evenly spaced moments
+    the frame is taken that is shown then, the last moment being one mean frame (1 / `video_fps`) before the end. Their
+    `sampled_fps` is their number / the seconds from the first moment to that end. With even times the two rules agree.
+
     Raises:
         ValueError: `start` and `end` (seconds) leave no frames.
     """
     first, last, duration = 0, total_frames - 1, total_frames / video_fps
-    if part["start"] is not None:
-        first = math.ceil(min(part["start"], duration) * video_fps)
-    if part["end"] is not None:
-        last = min(math.floor(min(part["end"], duration) * video_fps), total_frames - 1)
-    if first > last or (first == last and total_frames > 1):
+    if times:
+        begin, stop = min(part["start"] or 0, duration), duration - 1 / video_fps
+        stop = stop if part["end"] is None else min(part["end"], stop)
+        first, last = _shown_at(times, [begin, stop])
+        seconds = round(stop - begin + 1 / video_fps, 6)
+        empty = last <= first and seconds < 2 / video_fps
+    else:
+        if part["start"] is not None:
+            first = math.ceil(min(part["start"], duration) * video_fps)
+        if part["end"] is not None:
+            last = min(math.floor(min(part["end"], duration) * video_fps), total_frames - 1)
+        seconds = (last - first + 1) / video_fps
+        empty = first > last or (first == last and total_frames > 1)
+    if empty:
         raise ValueError(
             f"'start' {part['start']} and 'end' {part['end']} s leave no two frames of a {duration:.2f}-s video"
         )
@@ -1414,9 +1474,16 @@ def sample_frames(part: dict, total_frames: int, video_fps: float, args, at_most
         count = min(round(wanted / FRAME_FACTOR) * FRAME_FACTOR, available)
     else:
         most = math.floor(min(args.max_frames, available) / FRAME_FACTOR) * FRAME_FACTOR
-        count = min(max(available / video_fps * (part["fps"] or args.fps), args.min_frames), most)
+        count = min(max(seconds * (part["fps"] or args.fps), args.min_frames), most)
     count = math.floor(min(count, available, at_most or available) / FRAME_FACTOR) * FRAME_FACTOR or 1
+    if times:
+        return _shown_at(times, np.linspace(begin, stop, count)), count / seconds
     return spread_evenly(first, last, count), count / available * video_fps
+
+
+def _shown_at(times, moments):
+    """Numbers of the frames shown at these moments (seconds); times are rounded to a microsecond."""
+    return (np.searchsorted(times, np.asarray(moments) + 1e-6, "right") - 1).clip(0).tolist()
 
 
 @functools.lru_cache(65536)
@@ -1438,25 +1505,29 @@ class BadFile(ValueError):
 
 @dataclass
 class VideoInfo:
-    """What is known of a video: its frames, frames per second, and native size as shown."""
+    """What is known of a video: its frames, frames per second, native size as shown, and uneven times in seconds."""
 
     num_frames: int
-    fps: float
+    fps: float  # frames / duration
     height: int
     width: int
+    times: list[float] | None = None  # from the first frame; None: frame i is shown from i / fps on
+    reader: str = "pyav"  # what decoded its frames
 
 
 FFMPEG_OPTIONS = {"protocol_whitelist": "file"}  # no file leads to a network
 NO_VIDEO = {"tty", "hls", "concat", "dash", "sdp"}  # FFmpeg draws text as pictures, and follows lists to other files
 INDEXED_FORMATS = ("mov", "matroska")  # MP4 and WebM too: key frames are marked, and every frame has its time
 KEPT_BYTES = 64e6  # packets of a larger file are not kept from demuxing to decoding, but read twice
+LONGEST_PAUSE = 3600  # seconds between two frames: more is a clock that was set in between
+TIME_ROUNDING = 1e-3  # seconds: Matroska, WebM and FLV round times to it, and copies of these have them so
 
 
-def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
-    """Decode the frames that `pick(num_frames, fps)` returns: uint8 [F, 3, height, width], channels last in memory.
+def read_video(path: str, pick, reader: str = "pyav") -> tuple[torch.Tensor, VideoInfo]:
+    """Decode the frames that `pick(num_frames, fps, times)` returns: uint8 [F, 3, height, width], channels last.
 
     Demuxing tells what frames there are. Of a container with an index, only what the picked ones need is then decoded;
-    they equal those of decoding the whole file in sequence.
+    they equal those of decoding the whole file in sequence. `reader`: see --video_reader.
 
     Raises:
         BadFile: not a video, without frames, cut short, or damaged where frames were picked.
@@ -1465,21 +1536,22 @@ def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
 
     try:
         with av.open(path, options=FFMPEG_OPTIONS) as container:
-            packets, kept, seekable, fps = _demux(container)
-            count, taken = sum(shown for _, _, shown in packets), {}
-            if not count or not fps:
-                raise ValueError(f"{count} frames at {fps} frames per second")
-            indices = pick(count, fps)
-            if seekable:
+            packets, kept, seekable, (count, fps, times) = _demux(container)
+            indices, taken = pick(count, fps, times), {}
+            if seekable and reader == "decord":
+                taken = _read_decord(path, packets, indices)
+            reader = "decord" if taken else "pyav"
+            if seekable and not taken:
                 again = contextlib.nullcontext() if kept else av.open(path, options=FFMPEG_OPTIONS)
                 with again as source, contextlib.suppress(av.FFmpegError, ValueError):  # decoding all will tell
                     taken = _decode_needed(container, packets, kept or _with_data(source), indices)
         if len(taken) < len(set(indices)):
-            taken, found = _decode_all(path, indices)
-            if found != count and (seekable or not found):
+            taken, (found, *rate) = _decode_all(path, indices)
+            if found != count and seekable:
                 raise ValueError(f"only {found} of its {count} frames can be decoded")
             if found != count:  # without an index, what can be decoded is what there is
-                count, indices = found, pick(found, fps)
+                count, (fps, times) = found, rate
+                indices = pick(count, fps, times)
                 taken, _ = _decode_all(path, indices)
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, BadFile):
@@ -1488,23 +1560,23 @@ def read_video(path: str, pick) -> tuple[torch.Tensor, VideoInfo]:
     if len({frame.shape for frame in taken.values()}) > 1:
         raise BadFile(path, "cannot be decoded: the size of its frames changes on the way")
     frames = torch.from_numpy(np.stack([taken[i] for i in indices])).permute(0, 3, 1, 2)
-    return frames, VideoInfo(count, fps, *frames.shape[-2:])
+    return frames, VideoInfo(count, fps, *frames.shape[-2:], times, reader)
 
 
-def video_info(path: str) -> VideoInfo:
+def video_info(path: str, reader: str = "pyav") -> VideoInfo:
     """What training will find in a video; its first frame is decoded, for the size as shown.
 
     Raises:
         BadFile: as read_video.
     """
-    return read_video(path, lambda num_frames, fps: [0])[1]
+    return read_video(path, lambda *_: [0], reader)[1]
 
 
 def _stream(container):
     """The video stream that players show: not a cover picture beside it."""
     stream = container.streams.best("video")
-    if stream is None or container.format.name in NO_VIDEO:
-        raise ValueError("no video stream")
+    if stream is None or stream.codec_context is None or container.format.name in NO_VIDEO:
+        raise ValueError("no video stream that FFmpeg can decode")
     stream.codec_context.thread_count = 1  # the workers are many
     return stream
 
@@ -1514,26 +1586,63 @@ def _with_data(container):
 
 
 def _demux(container):
-    """`([(time, is it a key frame, is it shown) of each packet], packets, can decoding start at key frames, fps)`.
+    """`([(time, is it a key frame, is it shown) of each packet], packets, can decoding start at key frames, rate)`.
 
-    The list of packets is empty where they are too large to keep.
+    The list of packets is empty where they are too large to keep; the rate is `measure_rate`'s.
 
     Raises:
-        ValueError: no video stream, or cut short.
+        ValueError: no video stream, without frames, or cut short.
     """
     stream, format_name = _stream(container), container.format.name.split(",")[0]
-    packets, kept, num_packets = [], [], 0
+    packets, kept, num_packets, stamps = [], [], 0, []
     for packet in container.demux(stream):
         num_packets += packet.dts is not None
         if packet.size:
             packets.append((packet.pts, packet.is_keyframe, not packet.is_discard))
+            if not packet.is_discard:
+                stamps.append((packet.pts, packet.dts, packet.duration))
             if container.size <= KEPT_BYTES:
                 kept.append(packet)
     if format_name == "mov" and num_packets < stream.frames:
         raise ValueError(f"cut short: {num_packets} of its {stream.frames} frames are there")
     times = {packet[0] for packet in packets}
-    seekable = format_name in INDEXED_FORMATS and None not in times and len(times) == len(packets)
-    return packets, kept, seekable, float(stream.average_rate or 0)
+    one_clock = all(a <= b for a, b in itertools.pairwise(dts for _, dts, _ in stamps if dts is not None))
+    seekable = format_name in INDEXED_FORMATS and one_clock and None not in times and len(times) == len(packets)
+    return packets, kept, seekable, measure_rate(stamps, stream)
+
+
+def measure_rate(stamps: list[tuple], stream) -> tuple[int, float, list[float] | None]:
+    """`(frames, frames per second, times)` from the `(pts, dts, duration)` of the frames shown, in decoding order.
+
+    The duration is that from the first frame to the last one and the last one's own; where that is not given, or below
+    half the median gap (as muxers write it that do not know it), the median gap. The rate is constant, and `times`
+    None, where no frame is shown more than half a frame from where a constant rate has it (a container's rounding
+    apart): choosing frames by number is then choosing by time. The container's own rate is taken where it agrees.
+    Where the clock was set (concatenated or paused recordings), the median gap comes between the parts.
+
+    Raises:
+        ValueError: no frames, or several without times and rate.
+    """
+    count, claimed, tick = len(stamps), float(stream.average_rate or 0), float(stream.time_base)
+    pts, dts, durations = (np.array(column, float) for column in zip(*stamps)) if stamps else ((), (), ())  # None: nan
+    pts = dts if np.isnan(pts).any() else pts
+    if count > 1 and not np.isnan(pts).any():
+        steps = np.diff(dts) * tick
+        jumps = (steps < 0) | (steps > LONGEST_PAUSE)
+        if jumps.any():
+            pts[1:] += np.cumsum(np.where(jumps, np.nanmedian(steps) - steps, 0)) / tick
+        times = (np.sort(pts) - pts.min()) * tick
+        last, gap = durations[pts.argmax()] * tick, np.sort(np.diff(times))[(count - 1) // 2]
+        last = last if last >= gap / 2 else gap
+        if (duration := times[-1] + last) > 0:
+            fps, even = float(count / duration), np.arange(count) * duration / count
+            if abs(times - even).max() > duration / count / 2 + TIME_ROUNDING:
+                return count, fps, times.round(6).tolist()
+            agree = claimed and abs(count / claimed - duration) <= 2 * TIME_ROUNDING
+            return count, claimed if agree else fps, None
+    if count != 1 and not (count and claimed):
+        raise ValueError(f"{count} frames, without times or a rate" if count else "it has no frames")
+    return count, claimed or 1.0, None
 
 
 def _decode_needed(container, packets, with_data, indices):
@@ -1557,7 +1666,7 @@ def _decode_needed(container, packets, with_data, indices):
         if shown_at in wanted:
             start = next((k for k in reversed(keys) if packets[k][0] <= shown_at), 0)
             needed[start : p + 1] = True
-    taken, reformatter = {}, av.video.reformatter.VideoReformatter()
+    taken, reformatter, matrices = {}, av.video.reformatter.VideoReformatter(), {}
     first = None  # time of the key frame that decoding started from, if not at the first packet
     started = True  # has it come out
 
@@ -1568,7 +1677,7 @@ def _decode_needed(container, packets, with_data, indices):
                 raise ValueError("a key frame that needs others before it (intra refresh)")
             started = True
             if (i := wanted.get(frame.pts)) is not None:
-                taken[i] = _rgb(frame, reformatter)
+                taken[i] = _rgb(frame, reformatter, matrices)
 
     for p, packet in enumerate(with_data):
         if not needed[p]:
@@ -1587,18 +1696,50 @@ def _decode_needed(container, packets, with_data, indices):
     return taken
 
 
+DECORD_CODECS = {"h264", "hevc", "vp8", "vp9", "av1"}
+
+
+def _read_decord(path, packets, indices):
+    """{index: [height, width, 3]} by decord; {} where it is known to give other frames, or says that it would.
+
+    Those are interlaced, 10-bit and mirrored videos, edit lists and open groups of pictures.
+    """
+    import av
+    import decord
+
+    last_key, plain = -math.inf, all(shown for _, _, shown in packets)  # no edit list, no open group of pictures
+    for shown_at, is_key, _ in packets:
+        plain = plain and shown_at >= last_key
+        last_key = shown_at if is_key else last_key
+    try:
+        with av.open(path, options=FFMPEG_OPTIONS) as container:
+            stream = _stream(container)
+            container.seek(last_key, stream=stream)
+            codec, frame = stream.codec_context, next(container.decode(stream))
+        plain = plain and frame.pts == last_key and frame.key_frame  # no intra refresh
+        plain = plain and codec.codec.canonical_name in DECORD_CODECS and np.linalg.det(display_matrix(frame)) > 0
+        plain = plain and codec.field_order <= 1 and not frame.interlaced_frame  # 0: unknown, 1: progressive
+        if not plain or max(component.bits for component in frame.format.components) > 8:
+            return {}
+        reader = decord.VideoReader(path, num_threads=1, fault_tol=1e-9)  # without: errors repeat the frame before
+        return dict(zip(indices, reader.get_batch(indices).asnumpy())) if len(reader) == len(packets) else {}
+    except Exception:  # its errors have no class of their own
+        return {}
+
+
 def _decode_all(path, indices):
-    """`({index: [height, width, 3]}, number of frames)` of a file."""
+    """`({index: [height, width, 3]}, measure_rate of all its frames)` of a file."""
     import av
 
-    wanted, taken, count = set(indices), {}, 0
+    wanted, taken, stamps, matrices = set(indices), {}, [], {}
     reformatter = av.video.reformatter.VideoReformatter()
     with av.open(path, options=FFMPEG_OPTIONS) as container:
-        for frame in _sound(container.decode(_stream(container))):
-            if count in wanted:
-                taken[count] = _rgb(frame, reformatter)
-            count += 1
-    return taken, count
+        stream = _stream(container)
+        for frame in _sound(container.decode(stream)):
+            if len(stamps) in wanted:
+                taken[len(stamps)] = _rgb(frame, reformatter, matrices)
+            stamps.append((frame.pts, frame.pts, frame.duration))
+        return taken, measure_rate(stamps, stream)
 
 
 def _sound(frames):
@@ -1608,14 +1749,30 @@ def _sound(frames):
         yield frame
 
 
-def _rgb(frame, reformatter):
-    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # [height, width, 3]
-    return np.rot90(pixels, round(frame.rotation / 90))
+def _rgb(frame, reformatter, matrices):
+    """[height, width, 3] as shown; `matrices`: a file's display matrices by rotation, which is faster to read."""
+    if frame.rotation not in matrices:
+        matrices[frame.rotation] = display_matrix(frame)
+    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    return as_shown(pixels, matrices[frame.rotation])
+
+
+def display_matrix(frame) -> np.ndarray:
+    """[2, 2]: where a frame's columns (first row) and rows (second) run on the screen, as (to the right, down)."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    return np.eye(2) if data is None else np.frombuffer(data, np.int32).reshape(3, 3)[:2, :2]
+
+
+def as_shown(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turn and mirror [height, width, 3] by quarter turns as a display matrix says."""
+    if abs(matrix).trace() < abs(matrix).sum() / 2:
+        pixels, matrix = pixels.swapaxes(0, 1), matrix[::-1]
+    return pixels[:: -1 if matrix[1, 1] < 0 else 1, :: -1 if matrix[0, 0] < 0 else 1]
 
 
 # Raise it whenever another decoder, or a change of decoding, resizing or the cache's files, may give other frames:
 # those kept under another number are not read.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 MAX_INDICES = 50_000  # of a VideoCache in memory: some 30 MB
 
 
@@ -1628,8 +1785,9 @@ class VideoCache:
     CACHE_VERSION has a folder of its own within the cache's.
     """
 
-    def __init__(self, folder: str, room=None):
+    def __init__(self, folder: str, room=None, reader: str = "pyav"):
         """`room`: a ctypes double, the bytes that may still be added by all who share it; without it, nothing is."""
+        self.reader = reader  # that is asked for; what it leaves to PyAV is kept with PyAV's
         self.folder, self.room = os.path.join(folder, f"frames-v{CACHE_VERSION}"), room or ctypes.c_double(0)
         self.indices = {}  # those read of late, at most MAX_INDICES
         self.real_folder = functools.lru_cache(4096)(os.path.realpath)
@@ -1674,7 +1832,8 @@ class VideoCache:
         status = os.stat(path)
         return f"{real}\0{status.st_size}\0{status.st_mtime_ns}"
 
-    def _place(self, *key):
+    def _place(self, *key, reader):
+        key = key if reader == "pyav" else (*key, reader)
         name = hashlib.sha256(os.fsencode("\0".join(map(str, key)))).hexdigest()[:40]
         return os.path.join(self.folder, name[:2], name)
 
@@ -1683,21 +1842,24 @@ class VideoCache:
         if info := self.indices.get(identity):
             return info
         try:
-            with open(self._place(identity) + ".json", "rb") as file:
+            with open(self._place(identity, reader=self.reader) + ".json", "rb") as file:
                 content, checksum = file.read().rsplit(b"\n", 1)
             if xxhash.xxh3_64_hexdigest(content).encode() == checksum:
-                if len(self.indices) >= MAX_INDICES:
-                    self.indices.clear()
-                info = self.indices[identity] = VideoInfo(**json.loads(content))
+                info = VideoInfo(**json.loads(content))
+                if not info.times:  # those are many
+                    if len(self.indices) >= MAX_INDICES:
+                        self.indices.clear()
+                    self.indices[identity] = info
                 return info
         except (OSError, ValueError, TypeError):
             pass
         return None
 
-    def frames(self, identity: str, indices: list[int], height: int, width: int):
-        """uint8 [F, 3, height, width] if they are kept and undamaged, else None."""
+    def frames(self, identity: str, indices: list[int], height: int, width: int, reader: str = "pyav"):
+        """uint8 [F, 3, height, width] that `reader` decoded if they are kept and undamaged, else None."""
         try:
-            with open(self._place(identity, *indices, height, width) + ".safetensors", "rb") as file:
+            place = self._place(identity, *indices, height, width, reader=reader)
+            with open(place + ".safetensors", "rb") as file:
                 kept = safetensors.numpy.load(file.read())  # read, not mapped: a bad disk then raises instead of kills
             frames, checksum = kept["frames"], kept["xxh3_64"]
             if frames.shape == (len(indices), 3, height, width) and xxhash.xxh3_64_intdigest(frames) == checksum[0]:
@@ -1709,15 +1871,16 @@ class VideoCache:
     def add(self, identity: str, info: VideoInfo, indices: list[int], frames: torch.Tensor):
         """Keep frames [F, 3, height, width] and the index of their video."""
         frames = frames.contiguous().numpy()
-        self.room.value -= frames.nbytes + 500
+        index = json.dumps(dataclasses.asdict(info)).encode()
+        self.room.value -= frames.nbytes + max(500, len(index))
         if self.room.value < 0:
             return
         checksum = np.array([xxhash.xxh3_64_intdigest(frames)], np.uint64)
-        index = json.dumps(dataclasses.asdict(info)).encode()
-        place = self._place(identity, *indices, *frames.shape[-2:])
+        place = self._place(identity, *indices, *frames.shape[-2:], reader=info.reader)
+        about = self._place(identity, reader=self.reader)
         contents = {
             f"{place}.safetensors": safetensors.numpy.save({"frames": frames, "xxh3_64": checksum}),
-            f"{self._place(identity)}.json": index + b"\n" + xxhash.xxh3_64_hexdigest(index).encode(),
+            f"{about}.json": index + b"\n" + xxhash.xxh3_64_hexdigest(index).encode(),
         }
         for name, content in contents.items():
             aside = f"{name}.{os.urandom(8).hex()}.aside"
@@ -1735,21 +1898,70 @@ class VideoCache:
                 return
 
 
+EXIF_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
 def read_image(path: str) -> Image.Image:
-    """An image in RGB, transparent parts on white, as qwen_vl_utils reads it.
+    """An image in RGB, upright by its EXIF data, transparent parts on white, 16-bit grey scaled from its full range.
+
+    RGB, RGBA and 8-bit grey as qwen_vl_utils reads them, but for EXIF, which transformers' load_image applies too. Of
+    several pictures in a file (GIF, APNG, TIFF) the first.
 
     Raises:
-        BadFile: not an image that Pillow can read.
+        BadFile: not an image that Pillow can read, or one whose values have no defined range.
     """
     try:
         with Image.open(path) as image:
-            if image.mode != "RGBA":
-                return image.convert("RGB")
-            background = Image.new("RGB", image.size, (255, 255, 255))
-            background.paste(image, mask=image.split()[3])
-            return background
+            image.load()  # turns a TIFF, which then has no orientation left
+            turn = EXIF_TURNS.get(exif_orientation(image))
+            if is_16_bit(image):
+                pixels = _scale_grey(image)
+            elif image.has_transparency_data:
+                layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+                pixels = Image.new("RGB", image.size, (255, 255, 255))
+                pixels.paste(layer, mask=layer.getchannel("A"))
+            else:
+                pixels = image.convert("RGB")
+            return pixels if turn is None else pixels.transpose(turn)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadFile(path, f"cannot be read as an image: {error}") from None
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """1 to 8; 1 (as stored) without EXIF data, and where these are damaged."""
+    with contextlib.suppress(Exception):  # Pillow raises many things, and the pixels are another matter
+        return image.getexif().get(0x0112, 1)
+    return 1
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Whether an image is 16-bit grey: of 32-bit modes that of PGM files, whose values Pillow brings to 0 … 65535.
+
+    Raises:
+        ValueError: values of any size, of which nothing says what is black and white.
+    """
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if not sixteen and image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
+        raise ValueError(
+            f"{kind} values (mode {image.mode}) have no defined black and white: scale them, and save 8 or 16 bits"
+        )
+    return sixteen
+
+
+def _scale_grey(image):
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    highest = 2 ** tags.get(258, (16,))[0] - 1  # 12 bits are possible too
+    values = np.array(image).astype(np.float64)
+    grey = (values * 255 / highest).round()
+    if tags.get(262) == 0:
+        grey = 255 - grey  # 0 is white
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -1765,12 +1977,12 @@ def resize_frames(frames: torch.Tensor, height: int, width: int) -> torch.Tensor
 
 def load_clip(
     part: dict, folder: str, args, factor: int, limit=None, cache: VideoCache | None = None,
-    watched=contextlib.nullcontext,
+    watched=contextlib.nullcontext, readers: Counter | None = None,
 ):  # fmt: skip
     """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps)`.
 
     `limit` is (frames, height, width) from fit_video_tokens; None: as the arguments and the part ask. `watched(path)`
-    is entered around each image's reading.
+    is entered around each image's reading; `readers` counts the videos by what decoded them.
 
     Raises:
         BadFile: names the file and what is wrong with it.
@@ -1780,10 +1992,10 @@ def load_clip(
     if part["type"] == "video":
         path = paths[0]
 
-        def pick(num_frames, fps):
+        def pick(num_frames, fps, times):
             nonlocal indices, sampled_fps
             try:
-                indices, sampled_fps = sample_frames(part, num_frames, fps, args, at_most)
+                indices, sampled_fps = sample_frames(part, num_frames, fps, args, at_most, times)
             except ValueError as error:
                 raise BadFile(path, str(error)) from None
             return indices
@@ -1792,13 +2004,16 @@ def load_clip(
             return limit[1:] if limit else target_size(part, info.height, info.width, len(indices), args, factor)
 
         indices = sampled_fps = None
+        readers = Counter() if readers is None else readers
         identity = cache and cache.identity(path)
         if cache and (info := cache.info(identity)):
-            pick(info.num_frames, info.fps)
-            frames = cache.frames(identity, indices, *size(info))
+            pick(info.num_frames, info.fps, info.times)
+            frames = cache.frames(identity, indices, *size(info), info.reader)
             if frames is not None:
+                readers[info.reader] += 1
                 return frames, sampled_fps
-        frames, info = read_video(path, pick)  # [F, 3, h, w]
+        frames, info = read_video(path, pick, args.video_reader)  # [F, 3, h, w]
+        readers[info.reader] += 1
         frames = resize_frames(frames, *size(info))
         if cache and cache.room.value > 0 and cache.identity(path) == identity:  # not replaced meanwhile
             cache.add(identity, info, indices, frames)
@@ -1826,7 +2041,7 @@ def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | N
     if not info:
         info = video_info(paths[0])
     try:
-        count = len(sample_frames(part, info.num_frames, info.fps, args)[0])
+        count = len(sample_frames(part, info.num_frames, info.fps, args, times=info.times)[0])
     except ValueError as error:
         raise BadFile(paths[0], str(error)) from None
     return count, *target_size(part, info.height, info.width, count, args, factor)
@@ -1914,7 +2129,7 @@ class Encoder:
         self.patch_size, self.merge_size = vision.patch_size, vision.spatial_merge_size
         self.factor = self.patch_size * self.merge_size
         self.max_positions = self.config.get_text_config().max_position_embeddings
-        self.cache = VideoCache(args.video_cache, room) if args.video_cache else None
+        self.cache = VideoCache(args.video_cache, room, args.video_reader) if args.video_cache else None
         self.watch = watch
         self.end_of_turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
@@ -1985,6 +2200,7 @@ class Encoder:
                 return BadFile(files[0], f"{type(error).__name__}: {error}")
 
         limits = shapes = None
+        self.readers = Counter()
         if self.args.max_video_tokens and parts:
             shapes = [attempt(clip_shape, part) for part in parts]
             good = [shape for shape in shapes if not isinstance(shape, BadFile)]
@@ -1994,7 +2210,7 @@ class Encoder:
         for i, part in enumerate(parts):
             bad = limits and isinstance(limits[i], BadFile)
             limit = limits[i] if limits else None
-            clip = limit if bad else attempt(load_clip, part, limit, watched=self.watched)
+            clip = limit if bad else attempt(load_clip, part, limit, watched=self.watched, readers=self.readers)
             if not isinstance(clip, BadFile):
                 frames, sampled_fps = clip
                 clip = *patchify(frames, self.patch_size, self.merge_size), FRAME_FACTOR / sampled_fps
@@ -2030,6 +2246,7 @@ class Encoder:
             raise InputError(f"{record_name(record['id'])}: {error}") from None
         bad = [(clip.path, clip.reason) for clip in clips if isinstance(clip, BadFile)]
         sample = {"id": record["id"], "shrunk": shrunk, "bad": bad, "num_tokens": 0, "num_videos": 0, "num_images": 0}
+        sample["readers"] = self.readers
         sample |= {key: value for key, value in record.items() if key not in ("id", "messages", "completions")}
         if bad:
             if self.args.on_bad_video == "error":
@@ -2245,7 +2462,7 @@ def find_model(source: str, cache_dir: str | None = None):
 def load_processor(source: str, cache_dir: str | None = None):
     """The processor of a model, folder or hub name; its tokenizer's `name_or_path` is the folder of its files."""
     find_model(source, cache_dir)
-    processor = AutoProcessor.from_pretrained(source, cache_dir=cache_dir)
+    processor = transformers.AutoProcessor.from_pretrained(source, cache_dir=cache_dir)
     if not os.path.isdir(source):  # save_processor copies from there
         processor.tokenizer.name_or_path = hub_snapshot(source, cache_dir)
     return processor
@@ -2253,7 +2470,8 @@ def load_processor(source: str, cache_dir: str | None = None):
 
 def hub_snapshot(name: str, cache_dir: str | None) -> str:
     """Folder of a hub model in the cache that holds the revision which was loaded; it is called like the commit."""
-    return os.path.dirname(cached_file(name, "config.json", cache_dir=cache_dir, local_files_only=True))
+    config = transformers.utils.cached_file(name, "config.json", cache_dir=cache_dir, local_files_only=True)
+    return os.path.dirname(config)
 
 
 def load_config(source: str, args: TrainingArguments):
@@ -2263,7 +2481,7 @@ def load_config(source: str, args: TrainingArguments):
         InputError: it is of a family that is not supported.
     """
     find_model(source, args.cache_dir)
-    config = AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)
+    config = transformers.AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)
     if config.model_type not in FAMILIES:
         raise InputError(f"--model_id {source} is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}")
     return config
@@ -2391,11 +2609,6 @@ def _varlen(kernel, query, key, value, cu_q, cu_k, max_q, max_k, causal, scaling
     return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)[None]
 
 
-# The names must contain "flash": transformers then hands over lengths and builds no mask.
-for _kernel in ("sdpa", "varlen", "flash_attn"):
-    AttentionInterface.register(f"flash_packed_{_kernel}", functools.partial(packed_attention, kernel=_kernel))
-
-
 class PatchProjection(torch.nn.Module):
     """The tower's Conv3d, whose kernel is one whole patch, as the matrix product that it is: [P, 3, 2, p, p] → [P, D].
 
@@ -2429,9 +2642,11 @@ def use_packed_attention(model, kernel: str):
     a plan for each new shape (one per decoded token) and gives NaN gradients for some lengths (docs/gpu.md).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+    name = f"flash_packed_{kernel}"  # "flash" must be in it: transformers then hands over lengths and builds no mask
+    transformers.AttentionInterface.register(name, functools.partial(packed_attention, kernel=kernel))
     for module in list(model.modules()):
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
-            module.config._attn_implementation = f"flash_packed_{kernel}"
+            module.config._attn_implementation = name
         if isinstance(getattr(module, "proj", None), torch.nn.Conv3d):
             module.proj = PatchProjection(module.proj)
 
@@ -2446,6 +2661,8 @@ def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Ten
 @functools.lru_cache(4096)
 def _clip_in_tower(grid, merge_size, patch_size, window_size):
     """Of one clip: positions of its patches, their order by windows (of merged tokens) and the windows' ends."""
+    from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
     grid = torch.tensor([grid])
     parts = [get_vision_position_ids(grid, merge_size)]
     if window_size:
@@ -2591,15 +2808,14 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
-def load_model(
-    args: TrainingArguments, device, path: str | None = None, model_class=AutoModelForImageTextToText, config=None
-):
+def load_model(args: TrainingArguments, device, path: str | None = None, model_class=None, config=None):
     """Load the model to train, freeze what the flags say, and set types and attention.
 
     Trainable parameters are fp32 (under autocast too: at a learning rate of 2e-6 a bf16 weight of 0.02 does not move),
     frozen ones have the autocast type; --pure_bf16 makes all bf16. Under DeepSpeed and FSDP2 all have
     one type. `path`: a checkpoint that replaces --model_id, or with --lora_enable an adapter that goes on top of it.
-    A `model_class` with a head of its own (`score`, and `init_head` for its first weights) brings its `config` along.
+    `model_class`: AutoModelForImageTextToText, or a class with a head of its own (`score`, and `init_head` for its
+    first weights), which brings its `config` along.
 
     Raises:
         ValueError: unsupported family, or weights that the checkpoint lacks.
@@ -2620,7 +2836,7 @@ def load_model(
     dtype = torch.float32 if split or source == path else "auto"
     if low is not None and (launched_with("deepspeed") or (split and args.pure_bf16)):
         dtype = low
-    model, info = model_class.from_pretrained(
+    model, info = (model_class or transformers.AutoModelForImageTextToText).from_pretrained(
         source, config=config, cache_dir=args.cache_dir, dtype=dtype, attn_implementation="sdpa",
         output_loading_info=True, **quantization(args, low, device),
     )  # fmt: skip
@@ -2674,6 +2890,9 @@ COMPILE = {"dynamic": True, "backend": "inductor"}  # dynamic: rows differ in le
 
 def compile_blocks(model):
     """Compile the forward of each decoder layer and tower block in place: modules and names stay as they are."""
+    import torch._dynamo
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     torch._dynamo.config.recompile_limit = 64  # all blocks of a kind share one cache
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -3030,6 +3249,8 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     if launched_with("fsdp") and not accelerator.is_fsdp2:
         raise InputError("FSDP needs GPUs and fsdp_version 2: take accelerate_configs/fsdp2.yaml, or ddp.yaml on CPUs")
     if accelerator.is_fsdp2 and (low := autocast_dtype(args)):
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
         # Gathered in the low type: autocast would cast gathered fp32 weights, and the graph keep all of these copies.
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
@@ -3213,6 +3434,8 @@ class Engine:
             reset = lambda *_: offload.get_param_coordinator().reset_step()
             offload.fwd_pre_hook = offload.module.register_forward_pre_hook(reset, prepend=True)
         elif self.accelerator.is_fsdp2:
+            from torch.distributed.fsdp import FSDPModule
+
             blocks = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
             groups, meshes = [], []  # of parameters, and what set_reshard_after_forward sets of each
             for block in blocks:
@@ -3276,6 +3499,8 @@ class Engine:
         Not for DeepSpeed's shards.
         """
         if self.accelerator.is_fsdp2:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return get_optimizer_state_dict(self.model, self.optimizer, options=options).get("state", {})
         if not self.accelerator.is_main_process:  # under DDP it has the same, which need not be copied to the host
@@ -3285,11 +3510,13 @@ class Engine:
     def load_optimizer_state(self, state: dict[str, dict]):
         """Take back what optimizer_state gave."""
         if self.accelerator.is_fsdp2:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
-            whole = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+            from torch.distributed.checkpoint import state_dict as sharded
+
+            options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+            whole = sharded.get_optimizer_state_dict(self.model, self.optimizer, options=options)
             if whole:  # on the main process, which hands the others their shares
                 whole["state"] = state
-            set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=whole, options=options)
+            sharded.set_optimizer_state_dict(self.model, self.optimizer, optim_state_dict=whole, options=options)
             return
         by_number = {i: state[name] for i, name in enumerate(self.names) if name in state}
         groups = self.optimizer.state_dict()["param_groups"]
@@ -3355,6 +3582,7 @@ class SampleStream:
         self.sample_bytes = 0  # of the largest sample so far
         self.bad_path = Path(args.output_dir) / "bad_videos.jsonl"
         self.warned = False  # of a sample with too large positions
+        self.readers = Counter()  # videos by what decoded them
         self.bad, self.told = {}, set()  # bad files and why; (record, file) pairs and files that were told of
         self.killed, self.bytes_learned, self.lock = set(), 0, threading.Lock()  # files whose process was killed once
         self._learn()
@@ -3453,7 +3681,7 @@ class SampleStream:
             self.bad[file] = died.format(timeout=f"{self.args.decode_timeout:g}")
         return []
 
-    def batches(self, records: Dataset, index_lists, folder: str):
+    def batches(self, records: "Dataset", index_lists, folder: str):
         """Yield the encoded samples of each list of record indices, decoding further lists meanwhile."""
         folder = os.path.abspath(folder)  # workers may stand elsewhere, and so may the next run
         if not self.num_workers:
@@ -3487,7 +3715,7 @@ class SampleStream:
             for future in itertools.chain.from_iterable(waiting):
                 future.cancel()
 
-    def steps(self, records: Dataset, windows, batch_size: int, rank: int, world_size: int, folder: str):
+    def steps(self, records: "Dataset", windows, batch_size: int, rank: int, world_size: int, folder: str):
         """Yield `(window, samples seen, this rank's encoded rows)` for each step that step_windows gives."""
         waiting = deque()
 
@@ -3508,6 +3736,7 @@ class SampleStream:
         try:
             sample = result()
             bad, record = sample["bad"], sample["id"]
+            self.readers += sample["readers"]
             return sample
         except BadVideo as error:
             bad, record = [(error.path, error.reason)], error.record
@@ -3538,6 +3767,9 @@ class SampleStream:
 
     def close(self):
         """Stop the workers, whatever they are at."""
+        if self.args.video_reader == "decord" and self.readers["pyav"]:
+            say(f"--video_reader decord: {self.readers.pop('pyav'):,} videos were read by PyAV, since decord does not "
+                "read them right; tools/check_data.py --video_reader decord lists them")  # fmt: skip
         if not self.num_workers or self.closed:
             return
         self.closed = True
@@ -3552,7 +3784,7 @@ class SampleStream:
 
 
 DEATHS = {
-    -signal.SIGALRM: "took longer than {timeout} s to decode (--decode_timeout)",
+    -signal.SIGALRM: "took longer than {timeout} s to decode: if it is a long film, raise --decode_timeout",
     -signal.SIGKILL: "its decoding process was killed (out of memory?)",
     -signal.SIGSEGV: "crashed its decoding process (segmentation fault)",
 }
@@ -3560,7 +3792,7 @@ WATCH_BYTES = 8192  # more than the longest path
 MIN_VIDEOS = 1000  # --max_bad_ratio counts from here: a single early one is no share yet
 
 
-def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, folder: str, encoder: Encoder):
+def check_files(accelerator: Accelerator, flag: str, records: "Dataset | None", folder: str, encoder: Encoder):
     """Look for every file of a data set before any weight is loaded; every process must call it.
 
     One process of each machine does it: a million files take 8 s on a local disk. Reported are missing files,
@@ -3582,7 +3814,8 @@ def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, fo
             info = known and encoder.cache.info(encoder.cache.identity(os.path.join(folder, path)))
             try:
                 if info:
-                    sample_frames({**dict.fromkeys(PART), **part}, info.num_frames, info.fps, args)
+                    part = {**dict.fromkeys(PART), **part}
+                    sample_frames(part, info.num_frames, info.fps, args, times=info.times)
             except ValueError as error:
                 bad[path, span] = str(error)
                 bad_uses += count
@@ -3607,7 +3840,7 @@ def check_files(accelerator: Accelerator, flag: str, records: Dataset | None, fo
         say(note)
 
 
-def _count_files(records: Dataset) -> tuple[Counter, dict]:
+def _count_files(records: "Dataset") -> tuple[Counter, dict]:
     """How often each file stands in the records, and {(path, (start, end)): (clip, how often)} where one is given."""
     uses, spans = Counter(), {}
     for chunk in records.data.column("messages").chunks:  # by columns: a million records in seconds
@@ -3845,10 +4078,9 @@ def model_card(kind: str, config, facts: dict) -> str:
     `config` is the model's, `facts` are card_facts of the run. The last section is on positions.
     """
     base = facts["base_model"] or "path/to/the/base/model"
-    family = "Qwen2_5_VL" if config.model_type == "qwen2_5_vl" else "Qwen2VL"
-    auto = f"{family}ForSequenceClassification" if config.problem_type else "AutoModelForImageTextToText"
+    auto = f'classifier_class("{config.model_type}")' if config.problem_type else "AutoModelForImageTextToText"
     names = "AutoProcessor" if config.problem_type else f"{auto}, AutoProcessor"
-    lines = [f"from train_cls import {auto}"] if config.problem_type else []
+    lines = ["from train_cls import classifier_class"] if config.problem_type else []
     folder, given = '"path/to/this/folder"', ""
     if kind == "adapter" and config.problem_type:  # the labels are beside the adapter
         names, given = f"AutoConfig, {names}", f", config=AutoConfig.from_pretrained({folder})"
@@ -4089,7 +4321,7 @@ def find_checkpoint(args: TrainingArguments) -> Path | None:
     return None
 
 
-def run_identity(args: TrainingArguments, encoder: Encoder, records: Dataset, samples_per_step: int) -> dict:
+def run_identity(args: TrainingArguments, encoder: Encoder, records: "Dataset", samples_per_step: int) -> dict:
     """What must be the same when a run is resumed: model, data, seed, batch arithmetic, optimizer and precision."""
     config = {key: value for key, value in encoder.config.to_dict().items() if key != "transformers_version"}
     local = Path(args.model_id).is_dir()
@@ -4218,7 +4450,7 @@ BANNER_RECORDS = 200  # that the banner looks at
 
 
 def describe_run(
-    args: TrainingArguments, model, stream: SampleStream, records: Dataset, total_steps: int, world_size: int
+    args: TrainingArguments, model, stream: SampleStream, records: "Dataset", total_steps: int, world_size: int
 ):
     """Print what was asked and what was got: batch arithmetic, trainable parameters, sizes, frames and tokens."""
     encoder, rows = stream.encoder, args.gradient_accumulation_steps
@@ -4330,7 +4562,7 @@ def cut_jsonl(path: Path, state: dict):
     os.replace(aside, path)
 
 
-def stop_unevaluated(accelerator: Accelerator, args: TrainingArguments, records: Dataset):
+def stop_unevaluated(accelerator: Accelerator, args: TrainingArguments, records: "Dataset"):
     """End the run because an evaluation skipped every record: it has no result; every process must call it."""
     bad = Path(args.output_dir) / "bad_videos.jsonl"
     stop_all(accelerator, f"--eval_path {args.eval_path}: no record was evaluated, all {len(records)} were skipped: "

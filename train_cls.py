@@ -29,31 +29,27 @@ import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from accelerate.utils import set_seed
-from datasets import Dataset, Features, List, Value
-from safetensors import safe_open
-from sklearn import metrics
-from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPreTrainedModel
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLPreTrainedModel
-from transformers.utils import cached_file
+from typing import TYPE_CHECKING
 
 import multivideo as mv
 
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate.utils import set_seed
+from safetensors import safe_open
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 # A record is a prompt without answers; `label` holds the names of its classes, `target` its numbers.
-FEATURES = Features({**mv.CONVERSATION, "completions": List(mv.MESSAGES), "label": List(Value("string")),
-                     "target": List(Value("float64"))})  # fmt: skip
+FEATURES = pa.schema([*mv.CONVERSATION, ("completions", pa.list_(mv.MESSAGES)), ("label", pa.list_(pa.string())),
+                      ("target", pa.list_(pa.float64()))])  # fmt: skip
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 LOSS_TYPES = {  # of each problem type; the first is its default
     SINGLE: ["cross_entropy", "focal_loss", "class_balanced_cross_entropy", "class_balanced_focal_loss"],
@@ -239,10 +235,10 @@ class ScoreLinear(torch.nn.Linear):
             return F.linear(hidden.to(dtype), self.weight.to(dtype)).float()
 
 
-class VideoSequenceClassifier(GenericForSequenceClassification):
+class VideoSequenceClassifier:
     """The library's classifier on a family's base model, for packed rows too; `score` is its head.
 
-        model = Qwen2_5_VLForSequenceClassification.from_pretrained("out")    # names: model.config.id2label
+        model = classifier_class("qwen2_5_vl").from_pretrained("out")    # names: model.config.id2label
         logits = model(**processor(text=[prompt], videos=videos, return_tensors="pt")).logits
 
     `prompt` comes from apply_chat_template(…, add_generation_prompt=True); a regression's numbers are
@@ -273,7 +269,8 @@ class VideoSequenceClassifier(GenericForSequenceClassification):
                 kwargs["position_ids"] = mv.qwen_position_ids(inputs, self.config)
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state  # [1, T, hidden]
-        return SequenceClassifierOutputWithPast(logits=self.score(hidden[0, pool_positions]))
+        logits = self.score(hidden[0, pool_positions])
+        return transformers.modeling_outputs.SequenceClassifierOutputWithPast(logits=logits)
 
     @torch.no_grad()
     def init_head(self, args):
@@ -281,7 +278,7 @@ class VideoSequenceClassifier(GenericForSequenceClassification):
         generator = torch.Generator().manual_seed(args.seed)
         parameters = dict(self.score.named_parameters())
         gathered = contextlib.nullcontext()
-        if is_deepspeed_zero3_enabled():
+        if transformers.integrations.is_deepspeed_zero3_enabled():
             import deepspeed
 
             gathered = deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0)
@@ -297,22 +294,24 @@ class VideoSequenceClassifier(GenericForSequenceClassification):
                 weight.copy_(values)
 
 
-class Qwen2VLForSequenceClassification(VideoSequenceClassifier, Qwen2VLPreTrainedModel):
-    """Qwen2-VL with a classification or regression head."""
+@cache
+def classifier_class(model_type: str) -> type:
+    """Qwen2VLForSequenceClassification or Qwen2_5_VLForSequenceClassification, as config.json's `model_type` says.
 
+    Made when asked for, because the library's model classes take seconds to import.
+    """
+    from transformers import conversion_mapping
+    from transformers.modeling_layers import GenericForSequenceClassification
 
-class Qwen2_5_VLForSequenceClassification(VideoSequenceClassifier, Qwen2_5_VLPreTrainedModel):
-    """Qwen2.5-VL with a classification or regression head."""
-
-
-CLASSIFIERS = {"qwen2_vl": Qwen2VLForSequenceClassification, "qwen2_5_vl": Qwen2_5_VLForSequenceClassification}
-for _class in CLASSIFIERS.values():
+    bases = {"qwen2_vl": "Qwen2VLPreTrainedModel", "qwen2_5_vl": "Qwen2_5_VLPreTrainedModel"}
+    base = getattr(transformers, bases[model_type])
+    name = base.__name__.replace("PreTrainedModel", "ForSequenceClassification")
     # Weights have other names on the hub than in the model: without its sibling's rules, the class would load a random
     # language model. (Saving goes by the same rules.)
-    _sibling = _class.__name__.replace("SequenceClassification", "ConditionalGeneration")
-    register_checkpoint_conversion_mapping(
-        _class.__name__, get_checkpoint_conversion_mapping(_sibling), overwrite=True
-    )
+    sibling = base.__name__.replace("PreTrainedModel", "ForConditionalGeneration")
+    rules = conversion_mapping.get_checkpoint_conversion_mapping(sibling)
+    conversion_mapping.register_checkpoint_conversion_mapping(name, rules, overwrite=True)
+    return type(name, (VideoSequenceClassifier, GenericForSequenceClassification, base), {})
 
 
 def label_word_rows(args, names: list[str]) -> torch.Tensor:
@@ -321,17 +320,17 @@ def label_word_rows(args, names: list[str]) -> torch.Tensor:
     For labels of one token each the first logits are thus the language model's own. Read from the files: of a
     quantised or split model they could not be had otherwise.
     """
-    tokenizer = AutoTokenizer.from_pretrained(args.model_id, cache_dir=args.cache_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_id, cache_dir=args.cache_dir)
     where = {"path_or_repo_id": args.model_id, "cache_dir": args.cache_dir}
     missing_ok = {"_raise_exceptions_for_missing_entries": False}
-    if index := cached_file(filename="model.safetensors.index.json", **where, **missing_ok):
+    if index := transformers.utils.cached_file(filename="model.safetensors.index.json", **where, **missing_ok):
         files = json.loads(Path(index).read_text())["weight_map"]
     else:
-        with safe_open(cached_file(filename="model.safetensors", **where), "pt") as file:
+        with safe_open(transformers.utils.cached_file(filename="model.safetensors", **where), "pt") as file:
             files = dict.fromkeys(file.keys(), "model.safetensors")
     tied = next(name for name in files if name.endswith("embed_tokens.weight"))
     name = "lm_head.weight" if "lm_head.weight" in files else tied
-    with safe_open(cached_file(filename=files[name], **where), "pt") as file:
+    with safe_open(transformers.utils.cached_file(filename=files[name], **where), "pt") as file:
         table = file.get_slice(name)
         tokens = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in names]
         return torch.stack([torch.cat([table[i : i + 1].float() for i in ids]).mean(0) for ids in tokens])
@@ -352,10 +351,10 @@ def held_classifier(args):
         if head and not (Path(folder) / "config.json").is_file():
             raise mv.InputError(f"--lora_weight_path {folder}: a classifier's adapter without its config.json, which "
                                 "has the labels: copy it from the --output_dir of its run")  # fmt: skip
-        held = AutoConfig.from_pretrained(folder) if head else None
+        held = transformers.AutoConfig.from_pretrained(folder) if head else None
     if held is None:
         with contextlib.suppress(OSError, ValueError):  # who needs it says so
-            config = AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
+            config = transformers.AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
             if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
                 held = config
     if held and (missing := [key for key in HEAD if not hasattr(held, key)]):
@@ -452,7 +451,7 @@ def some(items, name=str) -> str:
     return ", ".join(map(name, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
-def make_config(records: Dataset, args, encoder: mv.Encoder):
+def make_config(records: "Dataset", args, encoder: mv.Encoder):
     """The model's config with labels, problem type, head and standardisation, found in the records or given.
 
     A classifier that the run goes on from brings its own: they stand.
@@ -479,7 +478,7 @@ def make_config(records: Dataset, args, encoder: mv.Encoder):
     return config
 
 
-def class_names(records: Dataset, args, held) -> list[str]:
+def class_names(records: "Dataset", args, held) -> list[str]:
     """The classes in the order of their indices; every one that is not `held` must occur in the training records."""
     counts = Counter(name for names in records["label"] for name in names)
     found = sorted(counts, key=lambda name: (0, int(name), name) if re.fullmatch(r"-?\d+", name) else (1, 0, name))
@@ -544,7 +543,7 @@ def one_typing_error_apart(a: str, b: str) -> bool:
     return not (a + b).isdigit() and (max(len(a), len(b)) == 1 or (len(a) == 2 and a == b[::-1]))
 
 
-def check_labels(records: Dataset, names: list[str], source: str):
+def check_labels(records: "Dataset", names: list[str], source: str):
     """Every label of the records must be one of `names`."""
     unknown = {}
     for i, labels in enumerate(records["label"]):
@@ -556,7 +555,7 @@ def check_labels(records: Dataset, names: list[str], source: str):
         raise mv.InputError(f"{source}: unknown labels; known are {some(names, repr)}\n  • " + "\n  • ".join(lines))
 
 
-def regression_targets(records: Dataset, args) -> tuple[list[str], dict]:
+def regression_targets(records: "Dataset", args) -> tuple[list[str], dict]:
     """Names of the targets, and mean and standard deviation of each over the training records."""
     count = len(args.labels or records[0]["target"])
     names = args.labels or (["target"] if count == 1 else [f"target_{i}" for i in range(count)])
@@ -570,7 +569,7 @@ def regression_targets(records: Dataset, args) -> tuple[list[str], dict]:
     return names, {"target_mean": mean.tolist(), "target_std": std.tolist()}
 
 
-def check_targets(records: Dataset, names: list[str], source: str):
+def check_targets(records: "Dataset", names: list[str], source: str):
     """Every record must have a number for each of `names`."""
     wrong = [i for i, target in enumerate(records["target"]) if len(target) != len(names)]
     if wrong:
@@ -579,7 +578,7 @@ def check_targets(records: Dataset, names: list[str], source: str):
                             "have another number:\n  • " + "\n  • ".join(lines))  # fmt: skip
 
 
-def check_records(records: Dataset, config, source: str):
+def check_records(records: "Dataset", config, source: str):
     """Held-out records must have the training records' classes or targets; a class may be missing there."""
     names = [config.id2label[i] for i in range(config.num_labels)]
     if config.problem_type == REGRESSION:
@@ -592,7 +591,7 @@ def check_records(records: Dataset, config, source: str):
 
 def check_same_head(folder: Path, config):
     """A checkpoint must have this run's labels, standardisation and kind of head."""
-    held = AutoConfig.from_pretrained(folder)
+    held = transformers.AutoConfig.from_pretrained(folder)
     differ = [f"{key}: {getattr(held, key, None)} then, {getattr(config, key, None)} now" for key in HEAD
               if getattr(held, key, None) != getattr(config, key, None)]  # fmt: skip
     if differ:
@@ -600,7 +599,7 @@ def check_same_head(folder: Path, config):
                             + "\nGive the same flags and records, or start in another --output_dir")  # fmt: skip
 
 
-def make_weights(records: Dataset, config, args, device) -> torch.Tensor | None:
+def make_weights(records: "Dataset", config, args, device) -> torch.Tensor | None:
     """The loss's weight of each class: class-balanced, from --focal_alpha, or none."""
     names, weights = [config.id2label[i] for i in range(config.num_labels)], None
     if args.loss_type.startswith("class_balanced"):
@@ -642,9 +641,9 @@ def pack(samples: list[dict], encoder: mv.Encoder, config, device) -> tuple[dict
     return inputs, encode_targets(kept, config).to(device)
 
 
-def encode_targets(rows: list[dict] | Dataset, config) -> torch.Tensor:
+def encode_targets(rows: "list[dict] | Dataset", config) -> torch.Tensor:
     """Targets of samples or records, as pack returns them."""
-    if isinstance(rows, Dataset):
+    if not isinstance(rows, list):
         rows = rows.select_columns(["label", "target"]).to_list()
     if config.problem_type == REGRESSION:
         numbers = np.array([row["target"] for row in rows]).reshape(len(rows), -1 if rows else config.num_labels)
@@ -675,6 +674,8 @@ def ranking_metrics(truth: np.ndarray, scores: np.ndarray) -> dict:
 
     truth 0 and 1 [N, C], scores [N, C]; without any such class there are none.
     """
+    from sklearn import metrics
+
     mixed = [c for c in range(truth.shape[1]) if 0 < truth[:, c].sum() < len(truth)]
     if not mixed:
         return {}
@@ -692,6 +693,8 @@ def classification_metrics(classes: np.ndarray, probabilities: np.ndarray) -> di
     f1 is the mean over the classes that occur in the truth or the predictions, balanced accuracy over those in the
     truth; with two classes AUROC and average precision are those of the second.
     """
+    from sklearn import metrics
+
     predicted, count = probabilities.argmax(1), probabilities.shape[1]
     truth = np.eye(count, dtype=int)[classes]
     of = slice(1, 2) if count == 2 else slice(None)
@@ -711,6 +714,8 @@ def multi_label_metrics(truth: np.ndarray, probabilities: np.ndarray) -> dict:
 
     Accuracy counts samples whose classes are all right.
     """
+    from sklearn import metrics
+
     predicted = (probabilities > 0.5).astype(int)
     pairs = list(zip(truth.T, predicted.T))  # class by class: a single one would be taken for two
     return {
@@ -726,6 +731,8 @@ def regression_metrics(targets: np.ndarray, predictions: np.ndarray, names: list
 
     Of several targets the means, and each one's own under its name. R² and r need samples that differ.
     """
+    from sklearn import metrics
+
     rows = {}
     for c, name in enumerate(names):
         true, said = targets[:, c], predictions[:, c]
@@ -754,7 +761,7 @@ def answers_of(logits: np.ndarray, config) -> list[dict]:
     return [{"prediction": said, "probabilities": dict(zip(names, row))} for said, row in zip(told, shares.tolist())]
 
 
-def judge_logits(records: Dataset, logits: np.ndarray, config) -> tuple[dict, list[dict]]:
+def judge_logits(records: "Dataset", logits: np.ndarray, config) -> tuple[dict, list[dict]]:
     """Metrics of the records and their rows for predictions.jsonl: logits [N, C], numbers in their own units."""
     names = [config.id2label[i] for i in range(config.num_labels)]
     truth, answers = encode_targets(records, config).numpy(), answers_of(logits, config)
@@ -852,7 +859,8 @@ def main():
     resumed = mv.find_checkpoint(args)
     if resumed:
         check_same_head(resumed, model_config)
-    raw_model = mv.load_model(args, accelerator.device, resumed, CLASSIFIERS[model_config.model_type], model_config)
+    model_class = classifier_class(model_config.model_type)
+    raw_model = mv.load_model(args, accelerator.device, resumed, model_class, model_config)
     engine = mv.Engine(accelerator, raw_model, args)
     model, raw_model = engine.model, engine.raw_model
 

@@ -31,19 +31,19 @@ import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import multivideo as mv
+
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate.utils import broadcast_object_list, set_seed
-from datasets import Features, List
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
-import multivideo as mv
-
-FEATURES = Features({**mv.CONVERSATION, "completions": List(mv.MESSAGES)})  # a pair: chosen, rejected
+FEATURES = pa.schema([*mv.CONVERSATION, ("completions", pa.list_(mv.MESSAGES))])  # a pair: chosen, rejected
 DPO_LOSSES = ["sigmoid", "ipo", "hinge", "robust", "exo_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "sft"]
 METRICS = ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
            "logps/rejected"]  # fmt: skip
@@ -298,12 +298,12 @@ def check_reference(args: DPOArguments, encoder: mv.Encoder):
         InputError: says what differs.
     """
     mv.find_model(args.ref_model_id, args.cache_dir)
-    config = AutoConfig.from_pretrained(args.ref_model_id, cache_dir=args.cache_dir)
+    config = transformers.AutoConfig.from_pretrained(args.ref_model_id, cache_dir=args.cache_dir)
     differ = ["model_type"] if config.model_type != encoder.config.model_type else []
     names = ["patch_size", "temporal_patch_size", "spatial_merge_size", "tokens_per_second"]
     differ += [name for name in names if getattr(config.vision_config, name, None)
                != getattr(encoder.config.vision_config, name, None)]  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(args.ref_model_id, cache_dir=args.cache_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.ref_model_id, cache_dir=args.cache_dir)
     differ += ["the tokenizer's vocabulary"] if tokenizer.get_vocab() != encoder.tokenizer.get_vocab() else []
     if differ:
         raise mv.InputError(f"--ref_model_id {args.ref_model_id} cannot judge --model_id {args.model_id}, it differs "

@@ -39,20 +39,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
+import multivideo as mv
+
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.utils import set_seed
-from datasets import Features, List, Value
 from tqdm import tqdm
-from transformers import DynamicCache
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TopPLogitsWarper,
-)
-
-import multivideo as mv
 
 
 @dataclass
@@ -183,15 +176,15 @@ class GRPOArguments(mv.TrainingArguments):
 
 # ---------------------------------------------------------------------------------------------------------- records
 
-RECORD = Features({
-    **mv.CONVERSATION,
-    "completions": List(mv.MESSAGES),  # always []: the encoder then ends the prompt where the assistant begins
-    "prompt": Value("string"),  # only where the record's own is a text, which reward functions then get as it is
-    "reference": Value("string"),
-    "columns": Value("string"),  # JSON: all other fields, for reward functions
-    "column_names": List(Value("string")),
-    "left_out": Value("int64"),  # turns after the first answer
-})  # fmt: skip
+RECORD = pa.schema([
+    *mv.CONVERSATION,
+    ("completions", pa.list_(mv.MESSAGES)),  # always []: the encoder then ends the prompt where the assistant begins
+    ("prompt", pa.string()),  # only where the record's own is a text, which reward functions then get as it is
+    ("reference", pa.string()),
+    ("columns", pa.string()),  # JSON: all other fields, for reward functions
+    ("column_names", pa.list_(pa.string())),
+    ("left_out", pa.int64()),  # turns after the first answer
+])  # fmt: skip
 READ = ("prompt", "completion", "conversations", "messages", "video", "videos", "image", "images")  # no columns
 REFERENCES = ("solution", "answer", "ground_truth", "reference")
 
@@ -710,6 +703,14 @@ def generate(engine, prompts: list[dict], encoder, args, draws: list[np.ndarray]
 
 def _decode(model, prompts, encoder, args, draws, device, caught):
     """One chunk of generate: P prompts with G completions each, in step until all have ended."""
+    from transformers import (
+        DynamicCache,
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TopPLogitsWarper,
+    )
+
     P, G = len(prompts), 1 if draws is None else draws.shape[1]
     lengths = torch.tensor([len(prompt["input_ids"]) for prompt in prompts])
     longest, logits, columns = int(lengths.max()), [], []

@@ -25,11 +25,11 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import multivideo as mv
+
 import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
-
-import multivideo as mv
 
 
 @dataclass

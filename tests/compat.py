@@ -41,11 +41,11 @@ def write(root: Path):
     """Bases as on the hub and as transformers 5 writes them; of each a model, an adapter and a merged model."""
     for folder in (Path(__file__).resolve().parents[1], Path(__file__).resolve().parents[1] / "tools"):
         sys.path.insert(0, str(folder))
+    import multivideo as mv
+
     import merge_lora
     from make_demo import save_tiny_model
     from reference import as_on_the_hub
-
-    import multivideo as mv
 
     kinds = {"qwen2_5_vl": {}, "qwen2_vl": {"family": "qwen2_vl"}, "tied": {"tie_word_embeddings": True}}
     for name, kwargs in kinds.items():

@@ -25,6 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
 
+import multivideo as mv
+
 import accelerate
 import benchmark_gpu
 import torch
@@ -32,7 +34,6 @@ import transformers
 from fake_cuda import FakeCuda
 from make_demo import build_processor
 
-import multivideo as mv
 import train_cls
 import train_dpo
 import train_grpo
@@ -84,7 +85,7 @@ def run(objective, variant=None):
         if objective == "grpo":
             sys.argv += ["--num_generations", "2", "--max_completion_length", "12", "--reward_funcs", "format"]
         device = torch.device("cuda", 0)
-        for kind in (transformers.AutoModelForImageTextToText, *train_cls.CLASSIFIERS.values()):
+        for kind in (transformers.AutoModelForImageTextToText, train_cls.classifier_class("qwen2_5_vl")):
             built = transformers.Qwen2_5_VLForConditionalGeneration if "Auto" in kind.__name__ else kind
             random = benchmark_gpu.RandomWeights(built, device)
             stack.enter_context(mock.patch.object(kind, "from_pretrained", random.from_pretrained))

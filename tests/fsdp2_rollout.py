@@ -13,13 +13,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import multivideo as mv
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from fsdp2_worker import accelerator_on_gloo
 from torch.distributed.fsdp import FSDPModule
 
-import multivideo as mv
 import train_grpo as grpo
 
 

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["ACCELERATE_USE_FSDP"] = "true"
 
+import multivideo as mv
+
 import torch
 import torch.distributed as dist
 import yaml
@@ -23,7 +25,6 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-import multivideo as mv
 from train_sft import normalize_record, sft_loss
 
 STEPS = 10

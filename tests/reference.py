@@ -7,14 +7,14 @@ from pathlib import Path
 
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
 
+from multivideo import qwen_position_ids
+
 import av
 import numpy as np
 import qwen_vl_utils
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig
-
-from multivideo import qwen_position_ids
 
 
 def write_clip(path, width, height, num_frames, rate=8, seed=0):

@@ -209,10 +209,10 @@ def main():
     rng, began = random.Random(options.seed), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="multivideo-soak-"))
     os.environ |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "MULTIVIDEO_CACHE": str(folder / "cache")}
+    import multivideo as mv
+
     from make_demo import save_tiny_model
     from test_survival import TRAINERS, write_data
-
-    import multivideo as mv
 
     save_tiny_model(folder / "model")
     flags = write_data(folder, folder / "model")

@@ -41,10 +41,10 @@ ZERO3 = {  # what accelerate launch sets for accelerate_configs/zero3.yaml
 
 def arm(output_dir: str, faults: list[dict], trace: str | None):
     """Make this process pass points, and the faults come true at theirs."""
+    import multivideo as mv
+
     import safetensors.torch
     import torch
-
-    import multivideo as mv
 
     output_dir, counts, busy = os.path.realpath(output_dir), [0] * len(faults), []
     log = open(trace, "a", buffering=1) if trace else None  # noqa: SIM115
@@ -132,12 +132,12 @@ def child(job):
 def serve():
     """Fork a child per job, tell of each child's end: the loop of the process that has imported everything."""
     sys.path[:0] = [str(ROOT)]
+    import multivideo  # noqa: F401
+
     import torch
     import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
     import transformers.models.qwen2_5_vl.processing_qwen2_5_vl
     import transformers.models.qwen2_vl.video_processing_qwen2_vl  # noqa: F401
-
-    import multivideo  # noqa: F401
 
     for name in sys.argv[1:]:
         __import__(name)

@@ -4,6 +4,8 @@ import copy
 import re
 from functools import cache, partial
 
+import multivideo as mv
+
 import bitsandbytes as bnb
 import merge_lora
 import peft
@@ -16,7 +18,6 @@ from test_train import in_process, metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import multivideo as mv
 from train_sft import normalize_record, sft_loss
 
 NO_HEAD = "['lm_head', 'embed_tokens']"

@@ -14,6 +14,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import multivideo as mv
+
 import numpy as np
 import pytest
 import qwen_vl_utils
@@ -23,8 +25,6 @@ from PIL import Image
 from reference import write_clip
 from test_train import ROOT, reset_accelerate
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-import multivideo as mv
 
 gradio_client = pytest.importorskip("gradio_client", reason="the page needs pip install -r requirements-app.txt")
 import app

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import multivideo as mv
+
 import pytest
 import torch
 import transformers
 import upstream_commands
 
-import multivideo as mv
 import train_cls
 import train_dpo
 import train_grpo
@@ -417,6 +418,14 @@ def test_a_bare_call_says_what_is_required():
     for word in ("train_sft.py needs at least --data_path", "--output_dir", "--model_id", "--help", "make demo"):
         assert done.stderr.count(word) == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted([*ROOT.glob("train_*.py"), *ROOT.glob("tools/*.py")]), ids=lambda p: p.stem)
+def test_outside_the_environment(script):
+    """A Python without the packages: one sentence says what to do."""
+    run = subprocess.run([sys.executable, "-S", script, "--help"], capture_output=True, text=True)
+    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1, run.stderr
+    assert run.stderr.startswith(f"{script.name}: no module ") and "source .venv/bin/activate" in run.stderr
 
 
 def test_help_has_a_sentence_for_every_field(parse, capsys):

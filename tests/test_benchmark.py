@@ -9,6 +9,8 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import multivideo as mv
+
 import benchmark_gpu
 import pytest
 import torch
@@ -17,8 +19,6 @@ from make_demo import build_processor
 from test_packing import fake_varlen
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-import multivideo as mv
 
 ROOT = Path(__file__).resolve().parent.parent
 ABSENT = ["decord", "av", "pebble", "deepspeed", "bitsandbytes", "flash_attn", "ijson", "trl", "qwen_vl_utils",

@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import multivideo as mv
+
 import numpy as np
 import peft
 import pytest
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import upstream_commands
-from datasets import Dataset
+from datasets import Dataset, Features
 from PIL import Image
 from reference import qwen_messages, write_clip
 from safetensors.torch import load_file, save_file
@@ -28,7 +30,6 @@ from sklearn import metrics as sk
 from test_train import ROOT, launch, metrics
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-import multivideo as mv
 import train_cls
 from train_cls import MULTI, REGRESSION, SINGLE
 
@@ -82,7 +83,7 @@ def load(folder, model_path, problem_type=SINGLE, path=None, **kwargs):
     encoder = mv.Encoder(model_path, args)
     config = train_cls.make_config(records, args, encoder)
     return args, records, encoder, config, mv.load_model(
-        args, "cpu", path, train_cls.CLASSIFIERS[config.model_type], config
+        args, "cpu", path, train_cls.classifier_class(config.model_type), config
     )  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def test_packed_equals_plain(family, head, tiny_model, tiny_qwen2_vl, folder, tm
 
     # saved, and loaded by the class alone: padded on either side, with the library's own loss
     mv.save_model(model, processor, tmp_path)
-    plain, info = train_cls.CLASSIFIERS[family].from_pretrained(tmp_path, output_loading_info=True)
+    plain, info = train_cls.classifier_class(family).from_pretrained(tmp_path, output_loading_info=True)
     assert (
         not info["missing_keys"] and not info["unexpected_keys"] and "flash" not in plain.config._attn_implementation
     )
@@ -616,7 +617,7 @@ def made(values, tiny_model, problem_type=SINGLE, **kwargs):
     args = arguments(tiny_model, problem_type=problem_type, **kwargs)
     rows = [train_cls.normalize_record({"id": f"r{i}", "prompt": "?", "label": label}, "x", problem_type)
             for i, label in enumerate(values)]  # fmt: skip
-    records = Dataset.from_list(rows, features=train_cls.FEATURES)
+    records = Dataset.from_list(rows, features=Features.from_arrow_schema(train_cls.FEATURES))
     return records, train_cls.make_config(records, args, mv.Encoder(tiny_model, args))
 
 
@@ -954,7 +955,7 @@ def test_adapters(train, wide_model, folder, tmp_path, flags):
     assert resumed == [row for row in rows if row["step"] > 4]
 
     kwargs = mv.quantization(arguments(wide_model, bits=4), None, "cpu") if flags else {}
-    base = train_cls.Qwen2_5_VLForSequenceClassification.from_pretrained(wide_model, config=config, **kwargs)
+    base = train_cls.classifier_class("qwen2_5_vl").from_pretrained(wide_model, config=config, **kwargs)
     for module in base.modules():
         module.support_avx512bf16_for_cpu = False  # bitsandbytes' inference kernel on such CPUs computes in bf16
     model = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()
@@ -971,7 +972,7 @@ def test_adapters(train, wide_model, folder, tmp_path, flags):
         from merge_lora import merge
 
         merge(str(tmp_path / "a"), str(tmp_path / "merged"))
-        merged, info = train_cls.Qwen2_5_VLForSequenceClassification.from_pretrained(
+        merged, info = train_cls.classifier_class("qwen2_5_vl").from_pretrained(
             tmp_path / "merged", output_loading_info=True
         )
         assert not info["missing_keys"] and not info["unexpected_keys"] and merged.config.id2label == NAMES

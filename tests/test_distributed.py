@@ -1,6 +1,7 @@
 """Several processes on a CPU: DDP, ZeRO-2, ZeRO-3, with offload, and FSDP2 give the numbers of one process."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+
+import multivideo as mv
 
 import numpy as np
 import peft
@@ -22,8 +25,6 @@ from reference import hf_inputs
 from safetensors.torch import load_file
 from test_train import ROOT, demo, in_process, launch, metrics  # noqa: F401
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-import multivideo as mv
 
 CONFIGS = ROOT / "accelerate_configs"
 STEPS = 10
@@ -417,22 +418,50 @@ def test_adapters_over_processes(mixed, demo, tmp_path, monkeypatch, kind):  # n
         torch.testing.assert_close(logits[folder], logits["one"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("script", ["finetune_lora.sh", "finetune_lora_vision.sh", "finetune_video.sh"])
+REWARD_FILE = """
+def accuracy_reward(completions, assistant, **kwargs):
+    return [float(completion.strip() == answer.strip()) for completion, answer in zip(completions, assistant)]
+
+def length_reward(completions, **kwargs):
+    return [-len(completion) / 100 for completion in completions]
+"""
+
+
+@pytest.mark.parametrize("script", ["finetune_lora.sh", "finetune_lora_vision.sh", "finetune_video.sh",
+                                    "finetune_dpo.sh", "finetune_grpo.sh", "finetune_cls.sh"])  # fmt: skip
 def test_upstream_scripts_train(mixed, demo, tmp_path, monkeypatch, script):  # noqa: F811
-    """Upstream's own flags, less those that are answered, train one step on one-video records."""
-    command, kept = upstream_commands.SFT_COMMANDS[script], []
+    """Upstream's own flags, less those that are answered, train one step on one-video records of its own forms."""
+    name = {"dpo.sh": "dpo", "grpo.sh": "grpo", "cls.sh": "cls"}.get(script.removeprefix("finetune_"), "sft")
+    command, kept = getattr(upstream_commands, f"{name.upper()}_COMMANDS")[script], []
     for flag, value in zip(command[::2], command[1::2]):
         kept += [] if flag.lstrip("-") in mv.REPLACED_FLAGS else [flag, value]
     records = [record for record in json.loads(Path(mixed[3]).read_text()) if isinstance(record.get("video"), str)]
+    assert len(records) == 2
+    question = "<video>\nGrey?"
+    if name == "dpo":
+        records = [{"id": r["id"], "video": r["video"], "prompt": question, "chosen": "Yes.", "rejected": "No."}
+                   for r in records]  # fmt: skip
+    elif name == "cls":
+        records = [{"id": r["id"], "video": r["video"], "prompt": question, "label": str(i)}
+                   for i, r in enumerate(records)]  # fmt: skip
+        kept += ["--eval_path", tmp_path / "data.json", "--eval_image_folder", demo / "videos"]
+    elif name == "grpo":
+        (tmp_path / "reward_funcs.py").write_text(REWARD_FILE)
+        kept += ["--reward_funcs", tmp_path / "reward_funcs.py", "--max_completion_length", 4]
     (tmp_path / "data.json").write_text(json.dumps(records))
     in_process(
         monkeypatch, *kept, "--model_id", demo / "model", "--data_path", tmp_path / "data.json", "--image_folder",
         demo / "videos", "--max_steps", 1, "--per_device_train_batch_size", 1, "--output_dir", tmp_path / "out",
+        trainer=f"train_{name}",
     )  # fmt: skip
-    (row,) = metrics(tmp_path / "out")
-    assert row["loss"] > 0 and row["grad_norm"] > 0 and row["samples"] == row["videos"] == len(records)
-    name = "model.safetensors" if script == "finetune_video.sh" else "adapter_model.safetensors"
-    assert load_file(tmp_path / "out" / name)
+    row = metrics(tmp_path / "out")[0]
+    assert math.isfinite(row["loss"]) and row["samples"] == (1 if name == "grpo" else len(records))
+    assert row["videos"] == row["samples"] and (row["grad_norm"] > 0 or name == "grpo")
+    if name == "grpo":
+        lengths = [row[f"rewards/{function}"] for function in ("accuracy_reward", "length_reward")]
+        assert 0 <= lengths[0] <= 1 and lengths[1] < 0
+    adapter = "lora" in script
+    assert load_file(tmp_path / "out" / ("adapter_model.safetensors" if adapter else "model.safetensors"))
 
 
 @pytest.mark.parametrize("config", ["one_gpu", "zero3_offload_multinode"])

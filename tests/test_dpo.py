@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import multivideo as mv
+
 import numpy as np
 import peft
 import pytest
@@ -26,7 +28,6 @@ from test_packing import close_gradients
 from test_train import ROOT, launch, metrics
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import multivideo as mv
 import train_dpo
 from train_dpo import DPO_LOSSES, FEATURES, METRICS, DPOArguments, answer_logps, dpo_loss, normalize_record
 

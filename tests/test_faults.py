@@ -17,14 +17,14 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import multivideo as mv
+
 import av
 import numpy as np
 import pytest
 import torch
 from test_data import every_third, in_order, write_clip
 from test_train import in_process, launch, metrics
-
-import multivideo as mv
 
 SIZES = {"nframes": 4, "video_resized_width": 56, "video_resized_height": 56}
 GOOD = [f"good-{i}.mp4" for i in range(12)]
@@ -50,7 +50,7 @@ av.open = misbehave
 sys.modules["av"] = av
 """
 INJECTED = {  # file: what is told of it
-    "sleeps.mp4": "took longer than 1.5 s to decode (--decode_timeout)",
+    "sleeps.mp4": "took longer than 1.5 s to decode: if it is a long film, raise --decode_timeout",
     "kills.mp4": "its decoding process was killed (out of memory?)",
     "segfaults.mp4": "crashed its decoding process (segmentation fault)",
     "exits.mp4": "ended its decoding process (exit code 3)",

@@ -16,6 +16,8 @@ from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
+import multivideo as mv
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,6 @@ from test_packing import clips, close_gradients  # noqa: F401
 from test_train import ROOT, demo, metrics  # noqa: F401
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-import multivideo as mv
 import train_grpo as grpo
 
 LENGTHS = [30, 1, 2, 0]  # videos of the prompts below

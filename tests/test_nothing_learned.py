@@ -10,14 +10,14 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import multivideo as mv
+
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_survival import SCRIPTS, write_data
 from test_train import launch, metrics, reset_accelerate
-
-import multivideo as mv
 
 STEPS = 5
 SKIPPED = (1, 3)  # windows (from 0) of which every record is too long

@@ -11,6 +11,8 @@ import stat
 from dataclasses import replace
 from pathlib import Path
 
+import multivideo as mv
+
 import httpx
 import huggingface_hub
 import peft
@@ -25,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from test_train import in_process
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-import multivideo as mv
 import train_cls
 import train_dpo
 from train_sft import SFTArguments
@@ -84,7 +85,7 @@ def classifier(args):
     config = AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
     config.update({"problem_type": train_cls.SINGLE, "num_labels": 2, "mlp_head_dim": 0, "mlp_head_dropout": 0.0})
     config.id2label = {0: "open", 1: "shut"}
-    return mv.load_model(args, "cpu", None, train_cls.CLASSIFIERS[config.model_type], config)
+    return mv.load_model(args, "cpu", None, train_cls.classifier_class(config.model_type), config)
 
 
 @torch.no_grad()

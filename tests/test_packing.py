@@ -5,6 +5,8 @@ import inspect
 import math
 from types import SimpleNamespace
 
+import multivideo as mv
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ import torch.nn.functional as F
 from reference import hf_inputs, hf_loss, write_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor, vision_utils
 
-import multivideo as mv
 from train_sft import normalize_record, sft_loss
 
 SIZES = [(28, 28), (56, 56), (84, 56), (112, 112), (56, 168), (224, 140)]

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import multivideo as mv
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from test_grpo import OneProcess, arguments, prompts, reference_inputs  # noqa: 
 from test_packing import clips  # noqa: F401
 from transformers import AutoModelForImageTextToText
 
-import multivideo as mv
 import train_grpo
 
 CASES = json.loads((Path(__file__).parent / "positions_4_51.json").read_text())  # see make_positions.py

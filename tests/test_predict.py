@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import multivideo as mv
+
 import numpy as np
 import predict
 import pytest
@@ -22,7 +24,6 @@ from reference import qwen_messages, write_clip
 from test_train import ROOT, launch, reset_accelerate
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import multivideo as mv
 import train_grpo
 
 SIZES = ["--video_min_pixels", "784", "--image_min_pixels", "784"]
@@ -429,11 +430,14 @@ def test_metrics():
 def test_flags_of_the_run(tmp_path, capsys):
     """arguments.json stands for what is not given; --nframes replaces --fps; wrong values are told of together."""
     run_flags = {"fps": 0.25, "nframes": None, "bf16": True, "learning_rate": 1.0, "video_resized_width": 64}
+    run_flags["video_reader"] = "decord"
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "arguments.json").write_text(json.dumps(run_flags))
     argv = ["--model_id", str(tmp_path / "checkpoint-5")]
-    assert predict.inherited_flags(argv) == ["--fps=0.25", "--video_resized_width=64", "--bf16=True"]
-    assert predict.inherited_flags([*argv, "--nframes", "4", "--bf16", "False"]) == ["--video_resized_width=64"]
+    assert predict.inherited_flags(argv) == [
+        "--fps=0.25", "--video_resized_width=64", "--bf16=True", "--video_reader=decord"]  # fmt: skip
+    others = ["--nframes", "4", "--bf16", "False", "--video_reader", "pyav"]
+    assert predict.inherited_flags([*argv, *others]) == ["--video_resized_width=64"]
     assert predict.inherited_flags(["--model_id", "Qwen/Qwen2.5-VL-3B-Instruct"]) == []
     with pytest.raises(SystemExit):
         mv.parse_arguments(predict.PredictArguments, ["--batch_size", "0", "--temperature", "-1", "--top_p", "2"])

@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import multivideo as mv
+
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from test_train import demo, launch  # noqa: F401
 from transformers import HfArgumentParser
 
-import multivideo as mv
 import train_cls
 import train_dpo
 import train_grpo
@@ -156,6 +157,32 @@ def test_flags_exist(monkeypatch):
     launchers = launch_command_parser()._option_string_actions.keys()
     assert len(named) > 50
     assert {flag for flag in named - known if flag not in launchers} == set()
+
+
+def test_with_data_of_ones_own(demo, tmp_path):  # noqa: F811
+    """The README's commands from check to predict, run by bash as they stand but for the model and the length."""
+    (block,) = (block for block in BLOCKS["bash"] if "check_data.py" in block)
+    for old, new in (
+        ("Qwen/Qwen2.5-VL-3B-Instruct", str(demo / "model")),
+        ("source .venv/bin/activate", "true"),
+        ("--output_dir out", "--output_dir out --max_steps 2 --dataloader_num_workers 1"),
+    ):
+        assert old in block
+        block = block.replace(old, new, 1)
+    for name in ("tools", "accelerate_configs", "train_sft.py", "multivideo.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "data.json").symlink_to(demo / "sft_train.json")
+    (tmp_path / "test.json").write_text(json.dumps(json.loads((demo / "sft_eval.json").read_text())[:3]))
+    (tmp_path / "videos").symlink_to(demo / "videos")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(["bash", "-eu", "-c", block], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PATH": path})  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tmp_path / "preview.png").stat().st_size > 10_000 and (tmp_path / "out" / "metrics.png").is_file()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and all(row["loss"] > 0 for row in rows)
+    answers = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 3 and all("prediction" in answer for answer in answers)
 
 
 def test_sft_then_dpo(demo, tmp_path):  # noqa: F811

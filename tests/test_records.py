@@ -9,10 +9,11 @@ import re
 import sys
 from pathlib import Path
 
+import multivideo as mv
+
 import datasets
 import pytest
 
-import multivideo as mv
 import train_cls
 import train_dpo
 import train_grpo
@@ -325,7 +326,7 @@ def test_every_container_gives_the_same_rows(tmp_path):
     for source in sources:
         loaded = load(source)
         assert list(loaded) == expected, source
-        assert loaded.features == mv.CONVERSATION, source
+        assert loaded.features == datasets.Features.from_arrow_schema(mv.CONVERSATION), source
 
 
 def test_parquet_structs_with_absent_fields(tmp_path):
@@ -550,7 +551,7 @@ BAD_RECORDS = {
     "bytes": (llava(image={"bytes": "x", "path": None}), "decoded or embedded media is not read, got a field 'bytes'"),
     "http": (llava(video="https://x.org/a.mp4"), "video 'https://x.org/a.mp4': addresses are not read: download"),
     "s3": (llava(video=[["s3://b/1.png"]]), "addresses are not read: download first"),
-    "file": (trl([{"type": "image", "image": "file:///a.png"}]), "addresses are not read"),
+    "file": (trl([{"type": "image", "image": "file://server/a.png"}]), "addresses are not read"),
     "data": (llava(image="data:image/png;base64,AAAA"), "addresses are not read"),
     "climb": (llava(video="../a.mp4"), "video '../a.mp4': a relative path may not climb out of --image_folder"),
     "hidden climb": (llava(image={"image": "a/b/../../../c.png"}), "image 'a/b/../../../c.png': a relative path"),
@@ -798,7 +799,7 @@ def test_anything_else_in_a_record_is_a_value_error_too():
             assert str(error).startswith("here: ")
         else:
             kept += 1
-            datasets.Features(mv.CONVERSATION).encode_example(row)
+            datasets.Features.from_arrow_schema(mv.CONVERSATION).encode_example(row)
             texts = [part["text"] for turn in row["messages"] for part in turn["content"] if part["type"] == "text"]
             assert all(isinstance(value, str) and value in json.dumps(record, default=str, ensure_ascii=False)
                        .replace("\\n", "\n") for value in texts)  # fmt: skip

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import multivideo as mv
+
 import pytest
 import torch
 from reference import write_clip
 from survival import ROOT, ZERO3, Runner, at, differences, metrics
-
-import multivideo as mv
 
 RESUME = ["--resume_from_checkpoint", "auto"]
 INTACT = "what was saved before is intact: make room or mend the disk, then --resume_from_checkpoint auto"

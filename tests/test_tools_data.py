@@ -7,9 +7,14 @@ import itertools
 import json
 import math
 import os
+import re
+import struct
+import subprocess
 import sys
 import time
 import weakref
+
+import multivideo as mv
 
 import av
 import check_data
@@ -22,12 +27,12 @@ import torch
 import yaml
 from PIL import Image
 from reference import write_clip
+from test_reading import write_timed
 from test_train import ROOT, demo  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
-import multivideo as mv
 import train_sft
 
 WIDE = "é “quotes” 中文 العربية 😀\ttab \x07"
@@ -85,6 +90,14 @@ def folder(tmp_path_factory):
             container.mux(stream.encode())
     for i in range(5):
         Image.fromarray(np.roll(picture, i, 0)).resize((90 + 10 * (i == 2), 60)).save(path / f"{i}.png")
+    write_timed(path / "uneven.mkv", [40 * i for i in [*range(20), *range(60, 80)]])
+    write_clip(path / "mirrored.mp4", 96, 64, 20)
+    data = bytearray((path / "mirrored.mp4").read_bytes())
+    at = data.index(b"tkhd") + 44  # the first number of its display matrix: columns run to the left
+    data[at : at + 4] = struct.pack(">i", -(1 << 16))
+    (path / "mirrored.mp4").write_bytes(data)
+    Image.fromarray(picture[..., 0].astype(np.uint16) << 8).save(path / "x-ray.png")
+    Image.fromarray(picture).convert("P").save(path / "icon.png", transparency=0)
     exif = Image.Exif()
     exif[274] = 6
     Image.fromarray(picture).save(path / "exif.jpg", exif=exif)
@@ -102,7 +115,8 @@ def records():
                                  {"video": "good.mp4", "resized_width": 112, "resized_height": 28}]),
         record("stills", WIDE * 3, WIDE, video=[[f"{i}.png" for i in range(5)]], image=["exif.jpg", "1.png"]),
         record("text", "word " * 50, "A longer answer. " * 20),
-        record("odd files", video=["open.ts", "turned.mp4"]),
+        record("odd files", "<image><image>" + "<video>" * 4, image=["x-ray.png", "icon.png"],
+               video=["open.ts", "turned.mp4", "uneven.mkv", "mirrored.mp4"]),
     ]  # fmt: skip
 
 
@@ -165,6 +179,18 @@ OTHERS = {  # objective: fields of a record
     "grpo": {"answer": "red"},
     "cls": {"label": "red"},
 }
+
+
+@pytest.mark.parametrize("tool", ["check_data", "preview", "cache_videos", "predict", "app"])
+def test_help_shows_the_flags_that_a_tool_uses(tool):
+    """Of a training command it takes all; the loop's are not among those it shows, with or without an objective."""
+    for more in [[]] if tool in ("predict", "app") else [[], ["--objective", "cls"]]:
+        command = [sys.executable, ROOT / "tools" / f"{tool}.py", *more, "--help"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        flags = set(re.findall(r"^  --(\w+)", shown, re.M))
+        assert {"model_id", "fps", "video_resized_width", "system_prompt"} <= flags
+        assert not {"learning_rate", "warmup_ratio", "save_steps", "resume_from_checkpoint", "loss_type"} & flags
+        assert ("labels" in flags) == bool(more) and "they change nothing here" in shown
 
 
 @pytest.mark.parametrize("objective", OTHERS)
@@ -233,7 +259,8 @@ UNUSABLE = {
 ODD = {
     "decoded whole": {"open.ts"}, "rotation": {"turned.mp4"}, "one frame": {"1.mp4"}, "few frames": {"3.mp4"},
     "thinned": {"long.mp4"}, "long": {"long.mp4"}, "enlarged": {"long.mp4"}, "orientation": {"exif.jpg"},
-    "mixed sizes": {"0.png"}, "one colour": {"turned.mp4"},
+    "mixed sizes": {"0.png"}, "one colour": {"turned.mp4"}, "varying rate": {"uneven.mkv"},
+    "mirrored": {"mirrored.mp4"}, "16-bit": {"x-ray.png"}, "transparency": {"icon.png"},
 }  # fmt: skip
 
 
@@ -282,7 +309,7 @@ def test_everything_wrong_is_found(demo, folder, records, tmp_path, monkeypatch,
     assert odd.keys() == ODD.keys() and all(names <= odd[code] for code, names in ODD.items()), odd
     assert [item["id"] for item in train["too_long"]["items"]] == ["long"]
     assert len(report["would_fail"]) == 3 and all(problem in said for problem in report["would_fail"])
-    assert report["files"]["uses"] == {"all": 33, "unreadable": 11}
+    assert report["files"]["uses"] == {"all": 37, "unreadable": 11}
 
 
 @pytest.mark.parametrize(

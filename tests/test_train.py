@@ -1,5 +1,6 @@
 """train_sft.py launched for real on a tiny model: what it prints, writes, saves, resumes and refuses."""
 
+import importlib
 import json
 import os
 import shutil
@@ -9,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import multivideo as mv
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
-
-import multivideo as mv
 
 ROOT = Path(__file__).resolve().parent.parent
 VOLATILE = {"step_seconds", "data_wait_seconds", "max_memory_gb"}
@@ -179,15 +180,13 @@ def reset_accelerate():
         shared._reset_state()
 
 
-def in_process(monkeypatch, *flags):
-    """train_sft.main() in this process: no start-up, for runs of a few steps."""
-    import train_sft
-
+def in_process(monkeypatch, *flags, trainer="train_sft"):
+    """The trainer's main() in this process: no start-up, for runs of a few steps."""
     reset_accelerate()
-    monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, flags), "--dataloader_num_workers", "0"])
+    monkeypatch.setattr(sys, "argv", [f"{trainer}.py", *map(str, flags), "--dataloader_num_workers", "0"])
     handlers = {number: signal.getsignal(number) for number in mv.STOP_SIGNALS}
     try:
-        train_sft.main()
+        importlib.import_module(trainer).main()
     finally:
         signal.set_wakeup_fd(-1)
         for number, handler in handlers.items():

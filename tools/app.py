@@ -23,13 +23,13 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-import torch
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import predict
 
 import multivideo as mv
+
+import predict
+import torch
+from PIL import Image
 
 # What files begin with. FFmpeg and Pillow open more than these: playlists and scripts that point at other files.
 STARTS = {
@@ -38,6 +38,11 @@ STARTS = {
 }
 MAX_NEW_TOKENS = 8192  # answers are made one after the other
 KNOWN = "mp4, mov, mkv, webm, avi, mpg, ts, flv or gif; jpg, png, webp, bmp or tiff"
+
+
+# Of the flags that answering uses, those that are not about files: the page has its own data and cache.
+USED = predict.USED - {"data_path", "image_folder", "on_long_sample", "on_bad_video", "video_cache"}
+USED |= {"dataloader_num_workers"}  # with a default of its own
 
 
 @dataclass
@@ -242,8 +247,9 @@ class Page:
             if part["type"] == "video":  # what its decoder noted beside its frames
                 cache = self.encoder.cache
                 if info := cache.info(cache.identity(part["files"][0])):
-                    taken, _ = mv.sample_frames(part, info.num_frames, info.fps, self.args, len(frames))
-                    times = [f"{i / info.fps:.2f} s" for i in taken]
+                    rate = info.num_frames, info.fps
+                    taken, _ = mv.sample_frames(part, *rate, self.args, len(frames), info.times)
+                    times = [f"{info.times[i] if info.times else i / info.fps:.2f} s" for i in taken]
                     said = (f"{len(taken)} of {info.num_frames} frames, {said}, {info.num_frames / info.fps:.1f} s at "
                             f"{info.fps:.4g} frames per second")  # fmt: skip
                 else:
@@ -387,7 +393,8 @@ def launch(page: Page, **options):
 
 def load(argv: list[str], folder: str) -> Page:
     """The model of the command line and its decoding processes; `folder` takes all that they write."""
-    args = mv.parse_arguments(AppArguments, predict.inherited_flags(argv) + argv, (*predict.UNCHECKED, "data_path"))
+    words, unchecked = predict.inherited_flags(argv) + argv, (*predict.UNCHECKED, "data_path")
+    args = mv.parse_arguments(AppArguments, words, unchecked, predict.own_flags(AppArguments) | USED)
     args.output_dir, args.on_long_sample, args.on_bad_video = folder, "skip", "drop_video"
     args.video_cache = tempfile.mkdtemp(dir=folder)
     accelerator = mv.make_accelerator(args)

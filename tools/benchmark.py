@@ -51,6 +51,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import multivideo as mv
+
 import benchmark_gpu
 import numpy as np
 import torch
@@ -58,7 +60,6 @@ import transformers
 from benchmark_gpu import RandomPixels, make_record, padded
 from make_demo import make_demo, save_tiny_model
 
-import multivideo as mv
 import train_cls
 import train_dpo
 import train_grpo
@@ -366,7 +367,7 @@ class ClassifierWays(Ways):
         self.targets = train_cls.encode_targets(records, self.config)
 
     def load(self, way):
-        model_class = train_cls.CLASSIFIERS[self.config.model_type]
+        model_class = train_cls.classifier_class(self.config.model_type)
         if way == "usual":
             model = model_class.from_pretrained(self.args.model_id, config=self.config, dtype=torch.float32)
             model.init_head(self.args)

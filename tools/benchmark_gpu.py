@@ -26,6 +26,7 @@ Utilisation is these FLOPs per second over the device's dense bf16 peak (PEAKS).
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -54,6 +55,8 @@ STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import multivideo as mv
+
 import accelerate
 import datasets
 import numpy as np
@@ -64,7 +67,6 @@ from gpu_memory import MemoryModel, read_launcher
 from make_demo import build_processor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import multivideo as mv
 import train_cls
 import train_dpo
 import train_grpo
@@ -152,6 +154,7 @@ class RandomPixels(mv.Encoder):
 
     def clips(self, parts, folder, known_bad):
         """What mv.Encoder.clips gives, for the size that the arguments name."""
+        self.readers = collections.Counter()  # no file is read
         random, size = np.random.default_rng(0), self.args.video_resized_width
         shape = (self.args.nframes, 3, size, size)
         frames = [torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8)) for _ in parts]
@@ -598,7 +601,7 @@ class Bench:
                 frozen = dict.fromkeys(["freeze_llm", "freeze_vision_tower", "freeze_merger"], True)
                 settings |= {**frozen, "lora_enable": True, "lora_namespan_exclude": "['lm_head', 'embed_tokens']"}
             if parameters == "lora and head":
-                model_class = RandomWeights(train_cls.CLASSIFIERS["qwen2_5_vl"], self.device)
+                model_class = RandomWeights(train_cls.classifier_class("qwen2_5_vl"), self.device)
                 config = self.classes()
                 self.args = train_cls.ClassificationArguments(**settings, loss_type="cross_entropy")
             else:
@@ -624,7 +627,8 @@ class Bench:
 
     def classes(self):
         """The config of a classifier of two classes."""
-        records = datasets.Dataset.from_list([make_record("cls", 1, i) for i in range(2)], features=train_cls.FEATURES)
+        features = datasets.Features.from_arrow_schema(train_cls.FEATURES)
+        records = datasets.Dataset.from_list([make_record("cls", 1, i) for i in range(2)], features=features)
         args = train_cls.ClassificationArguments(**self.settings, loss_type="cross_entropy")
         return train_cls.make_config(records, args, self.data("cls", min(self.scale.rows)).encoder)
 
@@ -851,6 +855,8 @@ class Bench:
         pixels, grid = (data.batch[name].to(self.device) for name in ("pixel_values_videos", "video_grid_thw"))
         pixels, result = pixels.to(torch.bfloat16), {}
         for name in ("sdpa", "flash_packed_sdpa", *(["flash_packed_varlen"] if self.cuda else [])):
+            if name != "sdpa":
+                mv.use_packed_attention(visual, name.removeprefix("flash_packed_"))
             visual.config._attn_implementation = name
             with torch.no_grad():
                 visual(pixels, grid_thw=grid)

@@ -13,6 +13,7 @@ the cache; 1: some are not, and it says why; 2: wrong flags.
 import argparse
 import dataclasses
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -22,13 +23,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import multivideo as mv
+
 from check_data import normalizer
 from tqdm import tqdm
 
-import multivideo as mv
-
 # Flags that may have any value here: they concern the machine and the folder of the run itself.
 UNCHECKED = ("output_dir", "resume_from_checkpoint", "resume_force", "attn_implementation", "optim", "report_to")
+# Flags of training that the cache goes by.
+USED = mv.SAMPLE_FLAGS - {"max_seq_length"} | {"eval_path", "eval_image_folder", "video_cache_limit_gb", "output_dir"}
 
 
 @dataclass
@@ -56,7 +59,9 @@ def read_flags(argv: list[str]):
     trainer = importlib.import_module(f"train_{objective}")
     base = next(value for value in vars(trainer).values() if isinstance(value, type)
                 and issubclass(value, mv.TrainingArguments) and value is not mv.TrainingArguments)  # fmt: skip
-    both = mv.parse_arguments(dataclasses.make_dataclass("Flags", [], bases=(base, CacheFlags)), argv, UNCHECKED)
+    asked = inspect.signature(trainer.normalize_record).parameters
+    used = {*USED, *asked, *(flag.name for flag in dataclasses.fields(CacheFlags))}
+    both = mv.parse_arguments(dataclasses.make_dataclass("Flags", [], bases=(base, CacheFlags)), argv, UNCHECKED, used)
     args, own = (kind(**{option.name: getattr(both, option.name) for option in dataclasses.fields(kind)})
                  for kind in (base, CacheFlags))  # fmt: skip
     shard = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", own.shard)

@@ -34,6 +34,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import multivideo as mv
+
 import av
 import numpy as np
 import pebble
@@ -41,8 +43,6 @@ import torch
 from gpu_memory import RUNTIME_GIB, MemoryModel, read_launcher
 from PIL import Image
 from tqdm import tqdm
-
-import multivideo as mv
 
 LONG_SECONDS = 600  # a longer video is worth a remark
 MAX_LISTED = 10_000  # findings of one kind that the JSON lists; counts are always of all
@@ -52,9 +52,15 @@ NOTES = {  # code → what it means
     "one frame": "a single frame, which fills both frames of its patch",
     "few frames": "fewer frames than the sampling asks for: all are taken",
     "thinned": "--max_frames lowers the frame rate",
-    "long": f"longer than {LONG_SECONDS // 60} minutes",
+    "long": f"longer than {LONG_SECONDS // 60} minutes: where decoding takes long, raise --decode_timeout or give "
+    "'start' and 'end'",
     "enlarged": "smaller than the size it is trained at: scaled up, tokens without information",
-    "orientation": "turned by its EXIF data, which is not applied",
+    "mirrored": "mirrored by its metadata, which is honoured",
+    "varying rate": "frames at uneven times: they are chosen by time",
+    "orientation": "turned or mirrored by its EXIF data, which is applied",
+    "read by PyAV": "decord does not read it right, so that PyAV does (--video_reader decord)",
+    "16-bit": "16-bit grey: its full range is scaled to 8 bits",
+    "transparency": "transparent parts become white",
     "animation": "several pictures in one file: only the first is read",
     "mixed sizes": "frame images of several sizes: all are scaled to the shape of the first",
     "one colour": "every frame that is taken is one flat colour",
@@ -90,8 +96,18 @@ UNCHECKED = (
 )
 
 
-def read_flags(own: type, argv: list[str] | None = None):
+# Flags of training that the check goes by, those of the memory of a step included.
+USED = mv.SAMPLE_FLAGS | mv.flags_between("freeze_vision_tower", "double_quant") | {
+    "eval_path", "eval_image_folder", "on_long_sample", "on_bad_video", "max_bad_ratio", "video_cache_limit_gb",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
+    "bf16", "fp16", "pure_bf16",
+}  # fmt: skip
+
+
+def read_flags(own: type, argv: list[str] | None = None, used: set[str] = USED):
     """Read a trainer's flags and a tool's `own` (a dataclass with `objective`): (its arguments, own).
+
+    --help shows the tool's own flags and the `used` ones.
 
     Raises:
         SystemExit: as mv.parse_arguments, or there is no trainer of that name.
@@ -114,7 +130,9 @@ def read_flags(own: type, argv: list[str] | None = None):
     trainer = importlib.import_module(f"train_{objective}")
     base = next(value for value in vars(trainer).values() if isinstance(value, type)
                 and issubclass(value, mv.TrainingArguments) and value is not mv.TrainingArguments)  # fmt: skip
-    both = mv.parse_arguments(dataclasses.make_dataclass("Flags", [], bases=(base, own)), argv, UNCHECKED)
+    asked = inspect.signature(trainer.normalize_record).parameters
+    used = {*used, *asked, "max_prompt_length", *(flag.name for flag in dataclasses.fields(own))}
+    both = mv.parse_arguments(dataclasses.make_dataclass("Flags", [], bases=(base, own)), argv, UNCHECKED, used)
     args, own = (kind(**{option.name: getattr(both, option.name) for option in dataclasses.fields(kind)})
                  for kind in (base, own))  # fmt: skip
     for name in ("num_workers", "num_processes", "gpu_memory_gb", "shown_frames"):
@@ -185,9 +203,9 @@ def read_clip(item) -> dict:
     try:
         if part["type"] == "video":
             path = mv.resolve_path(part["files"][0], folder)
-            info = mv.video_info(path)
+            info = mv.video_info(path, args.video_reader)
             try:
-                indices, rate = mv.sample_frames(part, info.num_frames, info.fps, args)
+                indices, rate = mv.sample_frames(part, info.num_frames, info.fps, args, times=info.times)
             except ValueError as error:
                 raise mv.BadFile(path, str(error)) from None
             width, height, count = info.width, info.height, len(indices)
@@ -196,11 +214,19 @@ def read_clip(item) -> dict:
             with av.open(path) as opened:
                 stream = opened.streams.best("video")
                 stored = stream.width, stream.height
+                matrix = mv.display_matrix(next(opened.decode(stream)))
                 format_name = opened.format.name.split(",")[0]
             if format_name not in mv.INDEXED_FORMATS:
                 notes["decoded whole"] = f"format {format_name}"
             if stored == (height, width) and height != width:
                 notes["rotation"] = f"{width}×{height} as shown"
+            if np.linalg.det(matrix) < 0:
+                notes["mirrored"] = ""
+            if info.reader != args.video_reader:
+                notes["read by PyAV"] = f"format {format_name}, {stream.codec_context.name}"
+            if info.times:
+                gaps = np.diff(info.times)
+                notes["varying rate"] = f"{info.fps:.3g} per second, {gaps.min():.3g} to {gaps.max():.3g} s apart"
             if info.num_frames == 1:
                 notes["one frame"] = ""
             elif count < (round(wanted / 2) * 2 if wanted else args.min_frames):
@@ -246,11 +272,16 @@ def picture_size(path: str, notes: dict) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            if image.getexif().get(274, 1) != 1:  # the orientation
-                notes["orientation"] = ""
+            if (orientation := mv.exif_orientation(image)) != 1:
+                notes["orientation"] = f"EXIF orientation {orientation}"
             if getattr(image, "n_frames", 1) > 1:
                 notes["animation"] = f"{image.n_frames} pictures"
-            return image.size
+            if mv.is_16_bit(image):
+                notes["16-bit"] = f"mode {image.mode}"
+            elif image.has_transparency_data:
+                notes["transparency"] = f"mode {image.mode}"
+            turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"  # whose size is the turned one already
+            return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise mv.BadFile(path, f"cannot be read as an image: {error}") from None
 

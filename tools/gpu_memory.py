@@ -9,12 +9,13 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-import yaml
-from transformers import AutoConfig, AutoModelForImageTextToText
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import multivideo as mv
+
+import torch
+import transformers
+import yaml
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size; its stage3_max_live_parameters is twice that
 BACKWARD = 1.3  # a block's backward pass needs this much of what its forward pass keeps
@@ -64,9 +65,9 @@ class MemoryModel:
     def __init__(self, args, launch: dict, copied: str | None = None):
         """`copied` names the model of which a frozen copy is beside the trained one, as a reference."""
         self.args, self.launch, self.copied = args, launch, copied
-        self.config = AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
+        self.config = transformers.AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(self.config)
+            model = transformers.AutoModelForImageTextToText.from_config(self.config)
         tied = model.lm_head.weight is model.get_input_embeddings().weight
         trained = mv.choose_trained(model, args)
         for name, parameter in model.named_parameters():
@@ -116,8 +117,8 @@ class MemoryModel:
         if self.copied == self.args.model_id and self.args.lora_weight_path:
             return self.trained * self.w + self.frozen * self.f + self.quantized_bytes(self.quantized)
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(self.copied, cache_dir=self.args.cache_dir)
-            model = AutoModelForImageTextToText.from_config(config)
+            config = transformers.AutoConfig.from_pretrained(self.copied, cache_dir=self.args.cache_dir)
+            model = transformers.AutoModelForImageTextToText.from_config(config)
         trained, total = mv.choose_trained(model, self.args), 0
         for name, parameter in model.named_parameters():
             in_block = mv.part_of(name) == "llm" and re.search(r"layers\.\d+\.", name)

@@ -27,7 +27,10 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
+except ModuleNotFoundError as error:
+    raise SystemExit(f"make_demo.py: no module {error.name!r} in this Python: source .venv/bin/activate") from None
 
 COLOURS = {
     "red": (1, 0, 0),

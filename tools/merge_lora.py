@@ -18,15 +18,15 @@ import shutil
 import sys
 from pathlib import Path
 
-import peft
-import torch
-from peft.tuners import lora
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import multivideo as mv
-from train_cls import CLASSIFIERS
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from train_cls import classifier_class
 
 # Largest difference of two logits over their standard deviation: rounding of the merged weights, with room to spare.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -37,6 +37,8 @@ ROWS = 4096  # of a layer that are merged at a time
 @torch.no_grad()
 def probe_logits(model, processor) -> torch.Tensor:
     """float32 [T, V]: next-token logits of a fixed text with one video of noise; a classifier's at every token."""
+    import peft
+
     factor = model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size
     video = torch.randint(256, (2, 3, factor, factor), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     content = [{"type": "video"}, {"type": "text", "text": "What does this video show? Answer in one sentence."}]
@@ -57,6 +59,8 @@ def merge_layer(layer):
     peft makes the whole difference at once, in fp32 and twice: 4.4 GB for the head of 7B. What has no rows of its own
     (DoRA on embeddings, layers of other kinds) is left to it.
     """
+    from peft.tuners import lora
+
     (name,) = layer.active_adapters
     dora = name in layer.lora_magnitude_vector
     if isinstance(layer, lora.Embedding) and not dora:
@@ -78,6 +82,8 @@ def merge_layer(layer):
 @torch.no_grad()
 def merge_token_rows(model) -> dict[str, list[int]]:
     """Put rows that were trained beside the adapter into their matrix, in place; returns which, by module."""
+    import peft
+
     rows = {}
     for name, module in model.named_modules():
         if isinstance(module, peft.utils.TrainableTokensWrapper):
@@ -91,6 +97,8 @@ def merge_token_rows(model) -> dict[str, list[int]]:
 
 def check_loaded(model, weights: dict):
     """Assert that the model's adapter has the values of the file, rounded to the model's type."""
+    import peft
+
     loaded = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = [name for name, value in weights.items() if name in loaded and not same(loaded[name], value)]
     assert not wrong, f"{len(wrong)} tensors of the adapter were not loaded, first {wrong[0]}"
@@ -140,10 +148,12 @@ def merge(model_id: str, output_path: str, base_model_id: str | None = None, dty
     if os.path.isabs(base) and not Path(base).is_dir():
         raise mv.InputError(f"the adapter's base model {base} is not there any more: say where with --base_model_id")
     mv.find_model(base)
-    model_class, kwargs = AutoModelForImageTextToText, {}
+    model_class, kwargs = transformers.AutoModelForImageTextToText, {}
     if (adapter / "config.json").is_file():  # a classifier's, with its labels
-        kwargs["config"] = AutoConfig.from_pretrained(adapter, dtype=AutoConfig.from_pretrained(base).dtype)
-        model_class = CLASSIFIERS[kwargs["config"].model_type]
+        kwargs["config"] = transformers.AutoConfig.from_pretrained(
+            adapter, dtype=transformers.AutoConfig.from_pretrained(base).dtype
+        )
+        model_class = classifier_class(kwargs["config"].model_type)
     model = model_class.from_pretrained(base, dtype=dtype, **kwargs).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     print(f"{base}: {size / 1e9:.2f} GB in {str(model.dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -163,11 +173,13 @@ def merge(model_id: str, output_path: str, base_model_id: str | None = None, dty
 
 def merge_into(aside: Path, model, weights: dict, adapter: Path, base: str) -> float:
     """Merge the PeftModel's adapter, check that all its `weights` arrived, and write the result; see merge."""
+    from peft.tuners import lora
+
     if not mv.processor_files(adapter)[1]:  # another program's: it has none, or only a tokenizer
         mv.save_processor(mv.load_processor(base), aside)
     mv.copy_processor(adapter, aside)
     mv.add_older_files(aside)
-    processor = AutoProcessor.from_pretrained(aside)
+    processor = transformers.AutoProcessor.from_pretrained(aside)
     before = probe_logits(model, processor)
     check_loaded(model, weights)
     for layer in tqdm([module for module in model.modules() if isinstance(module, lora.LoraLayer)], desc="merging"):

@@ -13,8 +13,11 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-import numpy as np
+try:
+    import matplotlib
+    import numpy as np
+except ModuleNotFoundError as error:
+    raise SystemExit(f"plot_metrics.py: no module {error.name!r} in this Python: source .venv/bin/activate") from None
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

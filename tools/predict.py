@@ -16,6 +16,7 @@ generated: each line has the log-probability of the reference, and how much it f
 beside it a picture.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -29,15 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import multivideo as mv
+
 import matplotlib
 import numpy as np
 import torch
-from rouge_score.rouge_scorer import RougeScorer
+import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import multivideo as mv
 import train_cls
 import train_grpo
 
@@ -49,8 +51,24 @@ INHERITED = [
     "system_prompt", "max_seq_length", "fps", "nframes", "min_frames", "max_frames", "image_min_pixels",
     "image_max_pixels", "video_min_pixels", "video_max_pixels", "image_resized_width", "image_resized_height",
     "video_resized_width", "video_resized_height", "max_video_tokens", "bf16", "fp16", "pure_bf16",
-    "bits", "quant_type", "double_quant",
+    "bits", "quant_type", "double_quant", "video_reader",
 ]  # fmt: skip
+USED = {
+    "model_id",
+    "cache_dir",
+    "attn_implementation",
+    "data_path",
+    "image_folder",
+    "on_long_sample",
+    "on_bad_video",
+    "decode_timeout",
+    "dataloader_num_workers",
+    "video_cache",
+    "video_cache_limit_gb",
+    "seed",
+    "tf32",
+    *INHERITED,
+}
 UNCHECKED = ("output_dir", "resume_from_checkpoint", "bits", "lora_enable")  # of training only
 
 
@@ -97,6 +115,11 @@ class PredictArguments(AnswerArguments):
         wrong = [f"--{flag} {getattr(self, flag)}: must be above 0" for flag in ("batch_size", "limit")
                  if getattr(self, flag) is not None and getattr(self, flag) <= 0]  # fmt: skip
         return wrong + super().check(given)
+
+
+def own_flags(arguments_class) -> set[str]:
+    """Names of the flags that a tool adds to those of training."""
+    return {flag.name for flag in dataclasses.fields(arguments_class)} - set(mv.TrainingArguments.__dataclass_fields__)
 
 
 def inherited_flags(argv: list[str]) -> list[str]:
@@ -167,10 +190,10 @@ def classifier_config(args: AnswerArguments):
     if folder.is_dir() and not (folder / "config.json").is_file():
         return None  # an adapter of a language model
     mv.find_model(args.model_id, args.cache_dir)
-    config = AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
+    config = transformers.AutoConfig.from_pretrained(args.model_id, cache_dir=args.cache_dir)
     adapter = (folder / "adapter_config.json").is_file()
     named = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    return config if (adapter or named) and config.model_type in train_cls.CLASSIFIERS else None
+    return config if (adapter or named) and config.model_type in mv.FAMILIES else None
 
 
 def base_model(args: AnswerArguments) -> str | None:
@@ -206,7 +229,7 @@ def load_model(args: AnswerArguments, device, config=None):
     args.model_id = base or args.model_id
     low = torch.bfloat16 if args.pure_bf16 else mv.autocast_dtype(args)
     quantization = mv.quantization(args, low, device) if folder else {}
-    model_class = train_cls.CLASSIFIERS[config.model_type] if config else AutoModelForImageTextToText
+    model_class = train_cls.classifier_class(config.model_type) if config else transformers.AutoModelForImageTextToText
     model = model_class.from_pretrained(
         args.model_id, cache_dir=args.cache_dir, dtype=low or "auto", attn_implementation="sdpa", **quantization,
         **({"config": config} if config else {}),
@@ -297,6 +320,8 @@ def metrics_of(rows: list[dict]) -> dict:
     if not pairs:
         return told
     texts, references = zip(*pairs)
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"])
     found = {
         "exact_match": [float(text.strip() == reference.strip()) for text, reference in pairs],
@@ -401,7 +426,9 @@ def files_crc32(record: dict, args) -> int:
 
 def main():
     argv = sys.argv[1:]
-    args = mv.parse_arguments(PredictArguments, inherited_flags(argv) + argv, UNCHECKED)
+    args = mv.parse_arguments(
+        PredictArguments, inherited_flags(argv) + argv, UNCHECKED, own_flags(PredictArguments) | USED
+    )
     config = classifier_config(args)
     folder = Path(args.model_id) if Path(args.model_id).is_dir() else Path()
     name = (
@@ -418,12 +445,12 @@ def main():
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if config and args.blank_each:
         raise mv.InputError("--blank_each is for answers in words: a classifier has none")
-    normalize, features = normalize_with_answer if args.blank_each else normalize_record, train_grpo.RECORD
+    normalize, schema = normalize_with_answer if args.blank_each else normalize_record, train_grpo.RECORD
     if config:
         rules = {"problem_type": config.problem_type, "default_prompt": args.default_prompt}
-        normalize, features = functools.partial(normalize_for_classes, **rules), train_cls.FEATURES
+        normalize, schema = functools.partial(normalize_for_classes, **rules), train_cls.FEATURES
     with accelerator.main_process_first():
-        records = mv.load_records(args.data_path, normalize, features)
+        records = mv.load_records(args.data_path, normalize, schema)
     names = [*INHERITED, "model_id", "base_model_id", "image_folder", "max_new_tokens", "seed", "temperature", "top_k",
              "top_p", "min_p", "repetition_penalty", "blank_each"]  # fmt: skip
     settings = {name: getattr(args, name) for name in names}

@@ -20,14 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import multivideo as mv
+
 import matplotlib
 import numpy as np
 import torch
 from check_data import normalizer, read_flags
 from matplotlib import font_manager, ft2font
 from PIL import Image, ImageDraw, ImageFont
-
-import multivideo as mv
 
 WIDTH, MARGIN, GUTTER = 1600, 48, 40  # pixels
 INK, GREY, PALE, RULE = "#1c2024", "#80868e", "#aab0b8", "#dfe3e8"
@@ -97,9 +97,9 @@ def read_clips(row: dict, sample: dict, encoder, folder: str, args) -> list[dict
         if part["type"] == "video":
             info = mv.video_info(mv.resolve_path(part["files"][0], folder))
             total, fps = info.num_frames, info.fps
-            indices, _ = mv.sample_frames(part, total, fps, args, 2 * t)
+            indices, _ = mv.sample_frames(part, total, fps, args, 2 * t, info.times)
             assert -(-len(indices) // 2) == t, f"{part['files'][0]}: {len(indices)} frames by its container, {t} pairs"
-            clip["times"] = [index / fps for index in indices]
+            clip["times"] = [info.times[index] if info.times else index / fps for index in indices]
             clip["source"] = f"{total} frames, {fps:.4g} fps, {total / fps:.4g} s"
         elif part["type"] == "frames":
             taken = torch.linspace(0, len(part["files"]) - 1, min(2 * t, len(part["files"]))).round().tolist()
@@ -463,7 +463,7 @@ def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], 
 
 
 def main():
-    args, own = read_flags(PreviewFlags)
+    args, own = read_flags(PreviewFlags, used=mv.SAMPLE_FLAGS)
     if not Path(own.output).absolute().parent.is_dir():
         raise mv.InputError(f"--output {own.output}: no such folder")
     if Path(own.output).suffix.lower() not in (".png", ".jpg", ".jpeg"):

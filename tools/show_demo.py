@@ -13,13 +13,14 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import multivideo as mv
+
 import matplotlib
 import torch
+import transformers
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import multivideo as mv
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,7 +28,8 @@ import matplotlib.pyplot as plt
 
 def load(model_path: str):
     """A saved model and its processor, as anyone would load them."""
-    return AutoModelForImageTextToText.from_pretrained(model_path).eval(), AutoProcessor.from_pretrained(model_path)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(model_path)
+    return model.eval(), transformers.AutoProcessor.from_pretrained(model_path)
 
 
 def prepare(rows: list[dict], endings: list[str], processor, config, folder: str, args, clips: dict):
