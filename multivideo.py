@@ -30,9 +30,11 @@ import multiprocessing
 import os
 import queue
 import re
+import resource
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import sys
 import tempfile
@@ -40,10 +42,12 @@ import threading
 import time
 import traceback
 import urllib.parse
+import uuid
 import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +65,7 @@ try:
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import (
+        DistributedDataParallelKwargs,
         DistributedType,
         InitProcessGroupKwargs,
         LoggerType,
@@ -132,7 +137,7 @@ class TrainingArguments:
     cache_dir: str | None = arg(None, "Where hub downloads are kept (default: the hub's own cache).")
     attn_implementation: str = arg(
         "auto",
-        "Attention kernel for packed rows. auto: varlen on CUDA in half precision, else sdpa.",
+        "Attention kernel for packed rows. auto: varlen in half precision on CUDA (A100 or newer), else sdpa.",
         choices=["auto", "varlen", "flash_attn", "sdpa"],
     )
     freeze_vision_tower: bool = arg(False, "Do not train the vision tower (its merger has its own flag).")
@@ -252,6 +257,9 @@ class TrainingArguments:
     fp16: bool = arg(False, "fp16 autocast with a loss scaler: trained weights stay fp32, frozen ones are fp16.")
     pure_bf16: bool = arg(False, "Everything in bf16, trained weights too: small learning rates then change nothing.")
     tf32: bool = arg(True, "TF32 matrix products in fp32 on CUDA.")
+    torch_compile: bool = arg(
+        False, "Compile decoder layers and tower blocks one by one: one process or DDP; what it gains is not measured."
+    )
     seed: int = arg(42, "Seed of the record order and of all random numbers.")
 
     # evaluation, checkpoints, logs
@@ -330,7 +338,7 @@ REPLACED_FLAGS = {
     **dict.fromkeys(["optim_args", "optim_target_modules"], "drop it: --optim has no options but Adam's own flags"),
     "label_smoothing_factor": "drop it: the loss is the plain negative log-likelihood (for another, change sft_loss)",
     "neftune_noise_alpha": "drop it: there is no noise on embeddings; against overfitting there is --lora_dropout",
-    **dict.fromkeys(["torch_compile", "torch_compile_backend", "torch_compile_mode"], "drop it: nothing is compiled"),
+    **dict.fromkeys(["torch_compile_backend", "torch_compile_mode"], "use --torch_compile True: inductor's defaults"),
     **dict.fromkeys(["push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
                      "hub_revision"], "drop it, and upload after the training: hf upload NAME OUTPUT_DIR"),
     **dict.fromkeys(["save_only_model", "save_on_each_node", "enable_jit_checkpoint"],
@@ -611,6 +619,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
              "True): quantised weights cannot be trained themselves")  # fmt: skip
     complain(args.bits < 16 and args.unfreeze_topk_llm,
              f"--unfreeze_topk_llm with --bits {args.bits}: quantised layers cannot be trained: drop one")  # fmt: skip
+    complain(args.torch_compile and (launched_with("deepspeed") or launched_with("fsdp")), "--torch_compile True runs "
+             "in one process or under DDP: drop it, or choose another file of accelerate_configs/")  # fmt: skip
     complain(args.bits < 16 and (launched_with("deepspeed") or launched_with("fsdp")), f"--bits {args.bits} runs in "
              "one process or under DDP: choose another file of accelerate_configs/")  # fmt: skip
     complain(args.lora_rank <= 0, f"--lora_rank {args.lora_rank}: must be above 0")
@@ -693,8 +703,15 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
                  f"{flag} needs bitsandbytes: pip install bitsandbytes")  # fmt: skip
     complain(args.attn_implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None,
              "--attn_implementation flash_attn needs the flash-attn package; varlen comes with torch")  # fmt: skip
-    complain(args.attn_implementation in ("varlen", "flash_attn") and not torch.cuda.is_available(),
+    flash = args.attn_implementation in ("varlen", "flash_attn")
+    complain(flash and not (args.bf16 or args.fp16 or args.pure_bf16),
+             f"--attn_implementation {args.attn_implementation} takes half precision only: add --bf16 True, or use "
+             "sdpa or auto")  # fmt: skip
+    complain(flash and not torch.cuda.is_available(),
              f"--attn_implementation {args.attn_implementation} needs a CUDA device: use sdpa or auto")  # fmt: skip
+    if flash and torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < FLASH_CAPABILITY:
+        problems.append(f"--attn_implementation {args.attn_implementation} needs a GPU of compute capability 8.0 or "
+                        f"newer, this one has {found[0]}.{found[1]}: use sdpa or auto")  # fmt: skip
     return problems
 
 
@@ -785,9 +802,14 @@ def run(main):
         raise SystemExit(code)
 
 
+LOST = re.compile(  # what gloo, NCCL and torch's store report of it
+    "gloo.*(by peer|Broken pipe)|remote process exit|communicator was aborted|remote server shutdown", re.S
+)
+
+
 def lost_another(error: Exception) -> bool:
     """Whether an error only says that a process on the other end of a connection is gone."""
-    return "gloo" in str(error) and any(word in str(error) for word in ("by peer", "Broken pipe"))
+    return bool(LOST.search(str(error)))
 
 
 def say(message: str):
@@ -2658,6 +2680,12 @@ def load_config(source: str, args: TrainingArguments):
 # ----------------------------------------------------------------------------------------- 5. packing and attention
 
 
+def to_device(array: np.ndarray, device) -> torch.Tensor:
+    """The array as a tensor on the device; to CUDA through pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+
+
 @dataclass
 class AttentionPlan:
     """Which token of a packed row may see which: consecutive segments, each causal in itself.
@@ -2687,13 +2715,13 @@ class AttentionPlan:
                  for s, p in enumerate(prefixes)]  # fmt: skip
         key_lengths = [sum(b - a for a, b in span) for span in spans]
         shared = any(p is not None for p in prefixes)
-        rows = torch.cat([torch.arange(a, b) for span in spans for a, b in span]).to(device) if shared else None
+        rows = np.concatenate([np.arange(a, b) for span in spans for a, b in span]) if shared else None
 
         def cumulative(values):
-            return torch.tensor([0, *np.cumsum(values).tolist()], dtype=torch.int32, device=device)
+            return to_device(np.cumsum([0, *values], dtype=np.int32), device)
 
         return cls(list(lengths), prefixes, max(lengths), max(key_lengths), cumulative(lengths),
-                   cumulative(key_lengths), rows)  # fmt: skip
+                   cumulative(key_lengths), None if rows is None else to_device(rows, device))  # fmt: skip
 
 
 def packed_attention(
@@ -2761,7 +2789,8 @@ def _varlen(kernel, query, key, value, cu_q, cu_k, max_q, max_k, causal, scaling
         return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=causal)[None]
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"scale": scaling, "window_size": (-1, 0) if causal else (-1, -1)}
+    # A window as long as the longest segment is full attention; (-1, -1) would let torch take cuDNN on Hopper.
+    options = {"scale": scaling, "window_size": (-1, 0) if causal else (max_k, max_k)}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 does not have it yet
             options["enable_gqa"] = True
@@ -2784,8 +2813,25 @@ class PatchProjection(torch.nn.Module):
         return F.linear(patches.flatten(1), self.weight.flatten(1))
 
 
+FLASH_CAPABILITY = (8, 0)  # of the oldest cards (A100) for which there are flash kernels
+
+
+def attention_kernel(args: TrainingArguments, device) -> str:
+    """The kernel that --attn_implementation means on a device; auto: varlen where flash kernels run, else sdpa."""
+    if args.attn_implementation != "auto":
+        return args.attn_implementation
+    half = args.pure_bf16 or autocast_dtype(args) is not None
+    on_cuda = torch.device(device).type == "cuda"
+    return "varlen" if half and on_cuda and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY else "sdpa"
+
+
 def use_packed_attention(model, kernel: str):
-    """Let every part of a loaded model compute attention by packed_attention with this kernel; see PatchProjection."""
+    """Let every part of a loaded model compute attention by packed_attention with this kernel; see PatchProjection.
+
+    cuDNN's attention is switched off for the process: torch prefers it on Hopper where there is a mask, and it builds
+    a plan for each new shape (one per decoded token) and gives NaN gradients for some lengths (docs/gpu.md).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     name = f"flash_packed_{kernel}"  # "flash" must be in it: transformers then hands over lengths and builds no mask
     transformers.AttentionInterface.register(name, functools.partial(packed_attention, kernel=kernel))
     for module in list(model.modules()):
@@ -2797,8 +2843,8 @@ def use_packed_attention(model, kernel: str):
 
 def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Tensor:
     """uint8 [P, 3·2·patch²] → float32, (x − 255·mean) / (255·std) per colour channel, as the HF processors fuse it."""
-    mean = torch.tensor(image_mean, device=patches.device)[:, None] * 255
-    std = torch.tensor(image_std, device=patches.device)[:, None] * 255
+    mean, std = (to_device(np.array(values, np.float32), patches.device)[:, None] * 255
+                 for values in (image_mean, image_std))  # fmt: skip
     return patches.unflatten(1, (3, -1)).float().sub_(mean).div_(std).flatten(1)  # in place: it is large
 
 
@@ -2836,7 +2882,7 @@ def tower_inputs(grids: np.ndarray, encoder: Encoder, device) -> dict:
         merged = starts // encoder.merge_size**2
         inputs["window_index"] = np.concatenate([clip[1] + start for clip, start in zip(clips, merged)])
         inputs |= cumulative("window_seqlen", np.concatenate([clip[2] + s for clip, s in zip(clips, starts)]))
-    return {f"video_{name}": torch.from_numpy(value).to(device, non_blocking=True)
+    return {f"video_{name}": to_device(value, device)
             if isinstance(value, np.ndarray) else value for name, value in inputs.items()}  # fmt: skip
 
 
@@ -2863,8 +2909,7 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
         samples = [*samples, dummy]
 
     def together(name, axis=0):
-        joined = np.concatenate([sample[name] for sample in samples], axis)
-        return torch.from_numpy(joined).to(device, non_blocking=True)
+        return to_device(np.concatenate([sample[name] for sample in samples], axis), device)
 
     if samples[-1]["patches"] is None:
         pixels = torch.zeros(encoder.merge_size**2, encoder.patch_dim, device=device)
@@ -2884,16 +2929,14 @@ def pack(samples: list[dict], encoder: Encoder, device) -> tuple[dict, torch.Ten
         targets.append(labels[supervised])
         sequences.append(count + np.repeat(np.arange(len(parts)), parts)[supervised] - (len(parts) > 1))
         tokens, count = tokens + len(labels), count + max(1, len(parts) - 1)
-    kept, targets, sequences = (
-        torch.from_numpy(np.concatenate(values)).to(device, non_blocking=True) for values in (kept, targets, sequences)
-    )
+    kept, targets, sequences = (to_device(np.concatenate(values), device) for values in (kept, targets, sequences))
     grids = np.concatenate([sample["video_grid_thw"] for sample in samples])
     row = {
         "input_ids": together("input_ids")[None],
         "position_ids": together("position_ids", 1)[:, None],
         "plan": AttentionPlan.make(lengths, prefixes, device),
         "pixel_values_videos": pixels,
-        "video_grid_thw": torch.from_numpy(grids).to(device, non_blocking=True),
+        "video_grid_thw": torch.from_numpy(grids),  # on the CPU, where the model reads its numbers
         **tower_inputs(grids, encoder, device),
         "logits_to_keep": kept,
         "use_cache": False,
@@ -3023,14 +3066,27 @@ def load_model(args: TrainingArguments, device, path: str | None = None, model_c
             load_adapter(model, args, path)
     if not split:
         model.to(device)
-    kernel = args.attn_implementation
-    if kernel == "auto":
-        kernel = "varlen" if low is not None and torch.device(device).type == "cuda" else "sdpa"
-    use_packed_attention(model, kernel)
+    use_packed_attention(model, attention_kernel(args, device))
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # which it switched on: frozen parts would get gradients for nothing
+    if args.torch_compile:
+        compile_blocks(model)
     return model
+
+
+COMPILE = {"dynamic": True, "backend": "inductor"}  # dynamic: rows differ in length
+
+
+def compile_blocks(model):
+    """Compile the forward of each decoder layer and tower block in place: modules and names stay as they are."""
+    import torch._dynamo
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    torch._dynamo.config.recompile_limit = 64  # all blocks of a kind share one cache
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(**COMPILE)
 
 
 def quantization(args: TrainingArguments, low: torch.dtype | None, device) -> dict:
@@ -3090,6 +3146,8 @@ def add_adapter(model, trained: set[str], args: TrainingArguments, tokens: dict[
             for original, copy in zip(wrapper.original_module.modules(), wrapper.modules_to_save["default"].modules()):
                 if hasattr(original, "config"):
                     copy.config = original.config
+        elif hasattr(wrapper, "cast_input_dtype_enabled") and not config.use_dora:
+            wrapper.cast_input_dtype_enabled = False  # to fp32, for autocast to cast it back; DoRA's norms need it
     assert targets is None or sorted(model.targeted_module_names) == sorted(targets), "peft matched other modules"
     if tied and any(name.endswith(("lm_head", "embed_tokens")) for name in model.targeted_module_names):
         raise InputError(f"{args.model_id} has one matrix as embeddings and head; adapters on it could not be merged: "
@@ -3282,10 +3340,11 @@ def choose_trained(model, args: TrainingArguments) -> set[str]:
     return trained
 
 
-def make_optimizer(model, args: TrainingArguments):
+def make_optimizer(model, args: TrainingArguments, device="cpu"):
     """The --optim optimizer: one group per part of the model and decay, each with its peak rate as `peak_lr`.
 
-    Biases and norm weights do not decay.
+    Biases and norm weights do not decay. `device` is where the steps are made; on CUDA AdamW is fused: one kernel and
+    no temporary copies of the weights.
     """
     rates = {"llm": args.learning_rate, "vision": args.vision_lr, "merger": args.merger_lr,
              "head": getattr(args, "head_lr", None)}  # fmt: skip
@@ -3301,7 +3360,8 @@ def make_optimizer(model, args: TrainingArguments):
     ]
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optim in ("adamw_torch", "adamw_torch_fused"):
-        return torch.optim.AdamW(groups, **adam, fused=args.optim == "adamw_torch_fused")
+        fused = args.optim == "adamw_torch_fused" or torch.device(device).type == "cuda"
+        return torch.optim.AdamW(groups, **adam, fused=fused)
     if args.optim == "sgd":
         return torch.optim.SGD(groups)
     if args.optim == "adafactor":
@@ -3331,6 +3391,10 @@ def lr_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
 # ------------------------------------------------------------------------------------------------------ 7. processes
 
 
+# NCCL's default of 10 minutes is less than a slow save, the first conversion of records or a reward function may take.
+# When a process dies, the launcher ends the others at once.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+PROBE_SECONDS = 10  # in which a network file system shows a new file to all nodes
 BUILD_SECONDS = 900  # more than it takes to compile one of DeepSpeed's extensions
 
 
@@ -3358,16 +3422,28 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     if no_cuda:  # more threads than cores that the decoding processes leave wait for each other
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - args.dataloader_num_workers)))
+    elif not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):  # rows differ in length: fixed segments leave gaps unused
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if use_deepspeed:
         remove_dead_locks()
+    backend = "gloo" if no_cuda and use_deepspeed else None  # None: accelerate's choice
     accelerator = Accelerator(
         cpu=no_cuda and not use_deepspeed,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_cuda and use_deepspeed else [],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # else DDP holds every gradient twice
+        ],
         log_with=[name for name in args.report_to if name != "none"] or None,
         project_dir=args.output_dir,
     )
     if launched_with("fsdp") and not accelerator.is_fsdp2:
         raise InputError("FSDP needs GPUs and fsdp_version 2: take accelerate_configs/fsdp2.yaml, or ddp.yaml on CPUs")
+    if accelerator.is_fsdp2 and (low := autocast_dtype(args)):
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Gathered in the low type: autocast would cast gathered fp32 weights, and the graph keep all of these copies.
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if use_deepspeed:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config.update(
@@ -3377,9 +3453,39 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             zero_force_ds_cpu_optimizer=not no_cuda and args.optim == "adamw_torch",
             bf16={"enabled": args.bf16 or args.pure_bf16},
             fp16={"enabled": args.fp16},
+            # In bf16 a row's gradient that is small beside the sum of the rows before it would be lost.
+            data_types={"grad_accum_dtype": "fp32" if args.bf16 or args.pure_bf16 else None},
         )
         accelerator.state.deepspeed_plugin.set_deepspeed_weakref()  # else ZeRO-3 loads fp32 shards under --bf16
     return accelerator
+
+
+def make_output_dir(accelerator: Accelerator, args: TrainingArguments) -> Path:
+    """The --output_dir, made if need be: one folder for all processes; every process must call it.
+
+    Raises:
+        InputError: a node has a folder of its own, whose part of a checkpoint would be lost.
+    """
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.num_processes == 1:
+        return folder
+    probe = folder / f".probe-{gather_object([uuid.uuid4().hex])[0]}"
+    with all_or_none(accelerator, f"--output_dir {folder} cannot be written to"):
+        if accelerator.is_main_process:
+            probe.touch()
+    deadline = time.monotonic() + PROBE_SECONDS
+    while not (found := probe.name in os.listdir(folder)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    places = gather_object([(found, socket.gethostname())])
+    if accelerator.is_main_process:
+        probe.unlink()
+    if lost := [f"process {i} on {host}" for i, (found, host) in enumerate(places) if not found]:
+        listed = ", ".join(lost[:8]) + (", …" if lost[8:] else "")
+        stop_all(accelerator, f"--output_dir {folder} is not one folder for all processes: a file that process 0 on "
+                 f"{places[0][1]} wrote there is not seen by {listed}, whose parts of checkpoints would be lost. "
+                 "Name a folder on a file system that all nodes share")  # fmt: skip
+    return folder
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -3423,7 +3529,7 @@ def exchange(accelerator: Accelerator, state: dict, window: list[int], counts: d
         InputError: the processes are not at the same step, records or number of bad steps.
     """
     own = [state["step"], zlib.crc32(json.dumps(window).encode()), state["bad_steps"], len(caught), *counts.values()]
-    rows = accelerator.gather(torch.tensor([own], dtype=torch.float64, device=accelerator.device)).long()
+    rows = accelerator.gather(to_device(np.array([own], np.float64), accelerator.device)).cpu().long()
     if (rows[:, :3] != rows[0, :3]).any():
         places = [f"process {i}: after step {step}, records {crc:08x}, {bad} bad steps in a row"
                   for i, (step, crc, bad) in enumerate(rows[:, :3].tolist())]  # fmt: skip
@@ -3490,7 +3596,7 @@ class Engine:
         if frozen:
             self.model = prepare_frozen(accelerator, model.requires_grad_(False).eval())
             return
-        optimizer = make_optimizer(model, args)
+        optimizer = make_optimizer(model, args, accelerator.device)
         self.peak_rates = [group["lr"] for group in optimizer.param_groups]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -3521,13 +3627,20 @@ class Engine:
             from torch.distributed.fsdp import FSDPModule
 
             blocks = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+            groups, meshes = [], []  # of parameters, and what set_reshard_after_forward sets of each
+            for block in blocks:
+                state = block._get_fsdp_state()
+                root_keeps = block is self.model and state._auto_reshard_after_forward  # set in the first forward
+                groups += state._fsdp_param_groups
+                meshes += [None if root_keeps else group.post_forward_mesh_info for group in state._fsdp_param_groups]
             for block in blocks:
                 block.set_reshard_after_forward(False, recurse=False)
                 block.unshard()
             yield
             for block in blocks:
                 block.reshard()
-                block.set_reshard_after_forward(block is not self.model, recurse=False)  # torch's own default
+            for group, mesh in zip(groups, meshes):
+                group.post_forward_mesh_info = mesh
         else:
             yield
 
@@ -3571,12 +3684,17 @@ class Engine:
         return norm, self.args.fp16 and not math.isfinite(norm)
 
     def optimizer_state(self) -> dict[str, dict]:
-        """The optimizer's state by parameter name, whole (every process must call it); not for DeepSpeed's shards."""
+        """The optimizer's state by parameter name, whole, on the main process; {} on others, which must call it, too.
+
+        Not for DeepSpeed's shards.
+        """
         if self.accelerator.is_fsdp2:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return get_optimizer_state_dict(self.model, self.optimizer, options=options).get("state", {})
+        if not self.accelerator.is_main_process:  # under DDP it has the same, which need not be copied to the host
+            return {}
         return {self.names[i]: values for i, values in self.optimizer.state_dict()["state"].items()}
 
     def load_optimizer_state(self, state: dict[str, dict]):
@@ -4517,6 +4635,7 @@ def doubtful_settings(args: TrainingArguments, total_steps: int) -> list[str]:
     return notes
 
 
+ROW_TOKENS = 2000  # of a row on CUDA: with fewer the GPU waits for its next operation most of the time
 BANNER_RECORDS = 200  # that the banner looks at
 
 
@@ -4565,18 +4684,35 @@ def describe_run(
     cache = f"{args.video_cache}, at most {args.video_cache_limit_gb:g} GB" if args.video_cache else "none"
     if args.video_cache and (others := VideoCache.describe_other_versions(args.video_cache)):
         cache += f"; {others}"
+    kernels = [part._attn_implementation.removeprefix("flash_packed_")
+               for part in (model.config.vision_config, model.config.get_text_config())]  # fmt: skip
     arithmetic = f"{args.per_device_train_batch_size} samples × {rows} rows × {world_size} processes"
     say(f"""  records    {len(records)}, {per_step} per step = {arithmetic}
   steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
   trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}{tokens}
+  attention  {kernels[0]} in the tower, {kernels[1]} in the decoder
   video      {size}
   frames     {frames}
   sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual
   positions  {positions}
   cache      {cache}
   output     {args.output_dir}""")  # fmt: skip
-    for note in doubtful_settings(args, total_steps):
+    notes = doubtful_settings(args, total_steps)
+    row_tokens = first.get("num_tokens", 0) * args.per_device_train_batch_size  # GRPO's have the completions, too
+    if torch.cuda.is_available() and 0 < row_tokens < ROW_TOKENS and not hasattr(args, "num_generations"):
+        enough = math.ceil(ROW_TOKENS / first["num_tokens"])
+        notes.append(f"rows of about {row_tokens:,} tokens keep a GPU waiting: give --per_device_train_batch_size "
+                     f"{enough} and fewer --gradient_accumulation_steps")  # fmt: skip
+    for note in notes:
         say(f"  note       {note}")
+
+
+def peak_memory() -> tuple[float, float | None]:
+    """GiB at most so far: of tensors and of the allocator on CUDA; without it those of the process, and None."""
+    if torch.cuda.is_available():
+        return tuple(round(peak() / 2**30, 3) for peak in (torch.cuda.max_memory_allocated,
+                                                           torch.cuda.max_memory_reserved))  # fmt: skip
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3), None
 
 
 def append_jsonl(path: Path, row: dict):

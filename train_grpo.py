@@ -29,7 +29,6 @@ import itertools
 import json
 import math
 import re
-import resource
 import sys
 import textwrap
 import time
@@ -695,6 +694,9 @@ def score(functions: dict, groups: list[dict], columns: list[str]) -> torch.Tens
 # --------------------------------------------------------------------------------------------------------- rollouts
 
 
+END_CHECK_TOKENS = {"cpu": 1, "cuda": 8}  # decoded between two looks at which completions have ended
+
+
 def sample_tokens(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Tokens by inverse transform sampling: scores [R, V] (fp32 logits), draws [R] (uniform in [0, 1), fp64) → [R].
 
@@ -728,7 +730,8 @@ def generate(engine, prompts: list[dict], encoder, args, draws: list[np.ndarray]
         chunks[-1].append(i)
     was_training = model.training
     model.eval()  # no dropout
-    with engine.autocast():  # one context: weights are cast once
+    # One context: weights are cast once. Compiled blocks run eagerly: each token's cache has another length.
+    with engine.autocast(), torch.compiler.set_stance("force_eager"):
         for chunk in chunks:
             noise = None if draws is None else torch.from_numpy(np.stack([draws[i] for i in chunk]))  # [P, G, L]
             out = _decode(model, [prompts[i] for i in chunk], encoder, args, noise, engine.accelerator.device, caught)
@@ -781,6 +784,7 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
     warpers = LogitsProcessorList([TopPLogitsWarper(args.top_p)] if args.top_p < 1 else [])
     warpers += [MinPLogitsWarper(args.min_p)] if args.min_p else []
     stops = torch.tensor(end_tokens(model, encoder), device=device)
+    vision_ids = torch.tensor(encoder.vision_ids, device=device)  # a list would be copied for each token
 
     tokens = torch.full((P, G, args.max_completion_length), -1, device=device)
     logps = torch.zeros(P, G, args.max_completion_length, device=device)
@@ -792,7 +796,7 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
         scores = penalty(seen.flatten(0, 1), raw) if penalty else raw
         if draws is not None:
             scores = scores / args.temperature if penalty else scaled
-        scores[:, encoder.vision_ids] = scores[:, len(encoder.tokenizer) :] = -math.inf  # and ids of no token
+        scores[:, vision_ids] = scores[:, len(encoder.tokenizer) :] = -math.inf  # and ids of no token
         if draws is None:
             token = scores.argmax(-1)
         else:
@@ -805,12 +809,16 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
         tokens[rows, :, t] = torch.where(running, token, -1)
         logps[rows, :, t] = logp.view(-1, G)
         ended[rows] |= torch.isin(token, stops)
-        going = ~ended[rows].all(1)
-        if t + 1 == args.max_completion_length or not going.any() or caught:
+        if t + 1 == args.max_completion_length or caught:
             break
+        going = None  # which prompts have completions that go on; to ask, the host waits for the device
+        if (t + 1) % END_CHECK_TOKENS[torch.device(device).type] == 0:
+            going = ~ended[rows].all(1)
+            if not going.any():
+                break
         seen = torch.cat([seen, token[..., None]], -1)
         sees = torch.cat([sees, own.expand(len(rows), 1, G, G)], -1)
-        if not going.all():  # prompts whose completions have all ended leave
+        if going is not None and not going.all():  # prompts whose completions have all ended leave
             rows, token, seen, sees = rows[going], token[going], seen[going], sees[going]
             cache.batch_select_indices(going.nonzero()[:, 0])
         logits = model(
@@ -1110,8 +1118,7 @@ def main():
     accelerator = mv.make_accelerator(args)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir, is_main = mv.make_output_dir(accelerator, args), accelerator.is_main_process
     metrics_path = output_dir / "metrics.jsonl"
 
     # ---- data: everything that can be wrong with it is said before any weight is loaded
@@ -1291,8 +1298,7 @@ def main():
         # ---- log
         seconds = time.perf_counter() - started
         update_seconds = seconds - data_wait - rollout_seconds - reward_seconds
-        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
+        allocated, reserved = mv.peak_memory()
         row = {
             "step": state["step"],
             "epoch": round(samples_seen / len(records), 6),
@@ -1311,7 +1317,8 @@ def main():
             "reward_seconds": round(reward_seconds, 4),
             "rollout_tokens_per_second": round(counts["completion_tokens"] / (rollout_seconds or math.inf), 1),
             "update_tokens_per_second": round(counts["update_tokens"] / update_seconds, 1),
-            "max_memory_gb": round(memory, 3),
+            "max_memory_gb": allocated,
+            "max_memory_reserved_gb": reserved,
         }
         if bad or overflow:
             row["not_finite"] = "loss" if not loss_finite else "gradient"

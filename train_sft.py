@@ -20,7 +20,6 @@ Launch, on a CPU or one GPU:
 import itertools
 import json
 import math
-import resource
 import time
 import zlib
 from dataclasses import asdict, dataclass
@@ -130,8 +129,7 @@ def main():
     accelerator = mv.make_accelerator(args)
     set_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir, is_main = mv.make_output_dir(accelerator, args), accelerator.is_main_process
     metrics_path = output_dir / "metrics.jsonl"
 
     # ---- data: everything that can be wrong with it is said before any weight is loaded
@@ -257,8 +255,7 @@ def main():
 
         # ---- log
         seconds = time.perf_counter() - started
-        memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # fmt: skip
+        allocated, reserved = mv.peak_memory()
         row = {
             "step": state["step"],
             "epoch": round(samples_seen / len(records), 6),
@@ -269,7 +266,8 @@ def main():
             "records_crc32": zlib.crc32(json.dumps(window).encode()),
             "step_seconds": round(seconds, 4),
             "data_wait_seconds": round(data_wait, 4),
-            "max_memory_gb": round(memory, 3),
+            "max_memory_gb": allocated,
+            "max_memory_reserved_gb": reserved,
         }
         if bad or overflow:
             row["not_finite"] = "loss" if not loss_finite else "gradient"

@@ -1,4 +1,4 @@
-"""One of several gloo processes whose weights torch's fully_shard splits, for test_grpo.py: rollout, then an update.
+"""One of two gloo processes whose weights FSDP2 splits, for test_grpo.py: rollout, then an update.
 
     torchrun --nproc_per_node 2 tests/fsdp2_rollout.py MODEL DATA VIDEOS OUT
 
@@ -18,7 +18,8 @@ import multivideo as mv
 import numpy as np
 import torch
 import torch.distributed as dist
-from fsdp2_worker import GlooFSDP2
+from fsdp2_worker import accelerator_on_gloo
+from torch.distributed.fsdp import FSDPModule
 
 import train_grpo as grpo
 
@@ -27,22 +28,27 @@ def main(model_path, data, videos, out):
     torch.set_num_threads(1)
     args = grpo.GRPOArguments(
         model_id=model_path, nframes=4, video_resized_width=56, video_resized_height=56, output_dir=out,
-        num_generations=3, max_completion_length=5, top_k=0, learning_rate=1e-3,
+        num_generations=3, max_completion_length=5, top_k=0, learning_rate=1e-3, dataloader_num_workers=0,
     )  # fmt: skip
     args.check(set())
-    accelerator = GlooFSDP2()
+    accelerator = accelerator_on_gloo(args)
     records = mv.load_records(data, grpo.normalize_record, grpo.FEATURES)
     encoder = mv.Encoder(model_path, args)
     engine = mv.Engine(accelerator, mv.load_model(args, "cpu"), args)
     samples = [encoder(records[i], videos) for i in range(3)]
     draws = [np.random.default_rng(i).random((3, 5)) for i in range(3)]
-    logps = []
+    blocks = [module for module in engine.model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for block in blocks for group in block._get_fsdp_state()._fsdp_param_groups]
+    resharded, logps = [block is not engine.model and group.post_forward_mesh_info is not None
+                        for block in blocks for group in block._get_fsdp_state()._fsdp_param_groups], []  # fmt: skip
+    assert len(set(resharded)) == 2  # blocks are, the head and the root are not
     for _ in range(2):  # a rollout, an update, and a rollout with the changed weights
         with engine.gathered():
             if accelerator.is_main_process:
                 ids, own = grpo.generate(engine, samples, encoder, args, draws)
                 logps.append(own)
         assert {type(parameter).__name__ for parameter in engine.model.parameters()} == {"DTensor"}
+        assert [group.post_forward_mesh_info is not None for group in groups] == resharded
         box = [ids if accelerator.is_main_process else None]
         dist.broadcast_object_list(box)
         rank = accelerator.process_index  # the first process learns two prompts, the second one

@@ -1,15 +1,16 @@
-"""One of several gloo processes that train with torch's fully_shard, for test_distributed.py.
+"""One of two gloo processes that train with FSDP2 as accelerate does it, for test_distributed.py.
 
-accelerate starts FSDP2 on GPUs only, so this stands in for its Accelerator with the few calls that Engine makes.
+accelerate starts FSDP2 on GPUs only: its state is told that it is FSDP2; all that it does then is its own.
 
     torchrun --nproc_per_node 2 tests/fsdp2_worker.py MODEL DATA VIDEOS OUT [CHECKPOINT]
 """
 
-import contextlib
+import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -19,60 +20,62 @@ import multivideo as mv
 
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate import DistributedType
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 
 from train_sft import normalize_record, sft_loss
 
 STEPS = 10
 
 
-class GlooFSDP2:
-    """What Engine and the checkpoints ask of an Accelerator, with torch's own fully_shard."""
+def accelerator_on_gloo(args):
+    """The run's Accelerator under accelerate_configs/fsdp2.yaml, told that it is FSDP2 although it is on a CPU."""
+    options = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())["fsdp_config"]
+    os.environ.update({name.upper(): str(value).lower() for name, value in options.items()})
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = options["fsdp_auto_wrap_policy"]
+    os.environ["FSDP_STATE_DICT_TYPE"] = options["fsdp_state_dict_type"]
+    made = mv.Accelerator
 
-    distributed_type, is_fsdp2, device = DistributedType.FSDP, True, torch.device("cpu")
+    def make(**kwargs):
+        accelerator = made(**kwargs)
+        for shared in (AcceleratorState, PartialState):
+            shared._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+        return accelerator
 
-    def __init__(self):
-        dist.init_process_group("gloo")
-        self.process_index, self.num_processes = dist.get_rank(), dist.get_world_size()
-        self.is_main_process, self.wait_for_everyone = self.process_index == 0, dist.barrier
+    with mock.patch.object(mv, "Accelerator", make):
+        accelerator = mv.make_accelerator(args)
+    assert accelerator.is_fsdp2 and accelerator.num_processes == 2
+    return accelerator
 
-    def prepare(self, model, optimizer):
-        """Shard the blocks and the rest; the optimizer gets the sharded parameters in the old ones' places."""
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-        for block in [*model.model.language_model.layers, *model.model.visual.blocks]:
-            fully_shard(block)
-        fully_shard(model)
-        sharded = dict(model.named_parameters())
-        for group, members in zip(optimizer.param_groups, groups):
-            group["params"] = [sharded[name] for name in members]
-        self.optimizer = optimizer
-        return model, self
 
-    def get_state_dict(self, model):
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def gather(self, tensor):
-        parts = [torch.empty_like(tensor) for _ in range(self.num_processes)]
-        dist.all_gather(parts, tensor)
-        return torch.cat(parts)
-
-    @contextlib.contextmanager
-    def no_sync(self, model):
-        model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
+def check_half_precision(args, batch, expected):
+    """Under --bf16 weights are gathered in bf16, and gradients and what is trained stay fp32."""
+    args = dataclasses.replace(args, bf16=True)
+    accelerator = accelerator_on_gloo(args)
+    engine, types = mv.Engine(accelerator, mv.load_model(args, "cpu"), args), set()
+    inputs, targets, _ = batch
+    for layer in engine.model.model.language_model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda module, given, output: types.add(module.weight.dtype))
+    with engine.row(True):
+        with engine.autocast():
+            loss = sft_loss(engine.model(**inputs).logits, targets) / len(targets)
+        engine.backward(loss)
+    assert types == {torch.bfloat16}
+    assert {p.dtype for p in engine.model.parameters()} == {p.grad.dtype for p in engine.model.parameters()}
+    assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
+    assert abs(loss.item() - expected) < 0.01 * expected, (loss.item(), expected)
 
 
 def main(model_path, data, videos, out, checkpoint=None):
     torch.set_num_threads(1)
     args = mv.TrainingArguments(
         model_id=model_path, nframes=4, video_resized_width=56, video_resized_height=56, output_dir=out,
-        image_resized_width=84, image_resized_height=56, learning_rate=3e-3,
+        image_resized_width=84, image_resized_height=56, learning_rate=3e-3, dataloader_num_workers=0,
     )  # fmt: skip
-    accelerator = GlooFSDP2()
+    accelerator = accelerator_on_gloo(args)
     records = mv.load_records(data, normalize_record)
     encoder = mv.Encoder(model_path, args)
     engine = mv.Engine(accelerator, mv.load_model(args, "cpu", checkpoint), args)
@@ -85,6 +88,11 @@ def main(model_path, data, videos, out, checkpoint=None):
     for window, seen in mv.step_windows(len(records), 4, 42, state["samples_seen"]):
         rows = mv.micro_batches(window, 1, rank, world_size)
         packed = [mv.pack([encoder(records[i], videos) for i in row], encoder, "cpu") for row in rows]
+        if state["step"] == 0 and not checkpoint:
+            with torch.no_grad():
+                inputs, targets, _ = packed[0]
+                first = sft_loss(engine.model(**inputs).logits, targets).item() / len(targets)
+            check_half_precision(args, packed[0], first)
         sums = torch.tensor([float(sum(len(targets) for _, targets, _ in packed)), 0.0])
         dist.all_reduce(sums)
         tokens = sums[0].item()

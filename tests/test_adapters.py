@@ -320,6 +320,18 @@ def test_quantisation_flags(tiny_model, quant_type, double_quant, bf16):
     assert layer.compute_dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_inputs_of_adapters_stay_in_half_precision(tiny_model, dora):
+    """peft's own cast to fp32 would be undone by autocast; DoRA computes norms in the type of its input."""
+    model = mv.load_model(arguments(tiny_model, bf16=True, use_dora=dora, **FROZEN), "cpu")
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A") and len(module.lora_A))
+    seen = set()
+    layer.lora_A["default"].register_forward_hook(lambda module, inputs, output: seen.add(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(3, layer.in_features, dtype=torch.bfloat16))
+    assert seen == {torch.float32 if dora else torch.bfloat16}
+
+
 def test_learning_rates(tiny_model):
     """Adapters in the tower and in the merger, and tower and merger in full, have those parts' rates."""
     rates = {"learning_rate": 1e-4, "vision_lr": 2e-6, "merger_lr": 1e-5}

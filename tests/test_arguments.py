@@ -360,8 +360,30 @@ def test_missing_packages_and_devices(problems, monkeypatch):
         "--optim paged_adamw_8bit needs bitsandbytes: pip install bitsandbytes",
         "--bits 4 needs bitsandbytes: pip install bitsandbytes",
         "--attn_implementation flash_attn needs the flash-attn package; varlen comes with torch",
+        "--attn_implementation flash_attn takes half precision only: add --bf16 True, or use sdpa or auto",
         "--attn_implementation flash_attn needs a CUDA device: use sdpa or auto",
     ]
+
+
+@pytest.mark.parametrize("capability, kernel", [((7, 5), "sdpa"), ((8, 0), "varlen"), ((9, 0), "varlen")])
+def test_kernel_of_a_card(parse, problems, monkeypatch, capability, kernel):
+    """Flash kernels need compute capability 8.0 and half precision; auto knows it, and varlen is refused at once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    for flags, expected in (
+        ({"bf16": True}, kernel),
+        ({"fp16": True}, kernel),
+        ({"pure_bf16": True}, kernel),
+        ({}, "sdpa"),
+    ):
+        assert mv.attention_kernel(mv.TrainingArguments(**flags), "cuda:0") == expected
+        assert mv.attention_kernel(mv.TrainingArguments(**flags), "cpu") == "sdpa"
+    given = ["--attn_implementation", "varlen", "--bf16", "True"]
+    if kernel == "sdpa":
+        needed = "needs a GPU of compute capability 8.0 or newer, this one has 7.5: use sdpa or auto"
+        assert problems(*given) == [f"--attn_implementation varlen {needed}"]
+    else:
+        assert parse(*given).attn_implementation == "varlen"
 
 
 def test_bad_arguments_stop_the_trainer_before_anything_is_loaded(monkeypatch, capsys):

@@ -48,8 +48,8 @@ def test_every_cell_is_measured(run):
     assert names == expected and len(training) == len(expected)
     parts = sorted((c["part"], c["pixels"], c.get("way", "")) for c in results["cells"] if c["part"] != "training")
     assert parts == [("attention", 56, ""), ("attention", 84, ""), ("decoding", 56, "ours"),
-                     ("decoding", 56, "static, compiled"), ("decoding", 56, "usual"), ("tower", 56, ""),
-                     ("tower", 84, "")]  # fmt: skip
+                     ("decoding", 56, "static, compiled"), ("decoding", 56, "usual"), ("optimizer", 56, ""),
+                     ("packing", 56, ""), ("rollouts", 56, ""), ("tower", 56, ""), ("tower", 84, "")]  # fmt: skip
     assert {cell["status"] for cell in results["cells"]} == {"measured"}
     table = (folder / "gpu-on-cpu.md").read_text()
     assert (
@@ -104,6 +104,8 @@ def test_alignment_check(monkeypatch, right):
         assert figures["relative error"] < 1e-5
         tower = benchmark_gpu.check_tower_heads(torch.device("cpu"), "varlen", torch.float32)
         assert tower["relative error"] < 1e-5
+        assert benchmark_gpu.check_heads(torch.device("cpu"), "varlen", torch.float32)["relative error"] < 1e-5
+        assert benchmark_gpu.check_masks(torch.device("cpu"), torch.float32)["relative error"] < 1e-5
     else:
         assert figures["relative error"] > figures["at most"]
 

@@ -257,6 +257,24 @@ def test_loading_gives_all_weights_but_the_head(tiny_model, tiny_qwen2_vl, folde
         load(folder, str(renamed))
 
 
+def test_tf32_leaves_the_head_alone():
+    """The head's products of a packed row, forward and backward, are in fp64: TF32 is for fp32."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    seen, head = [], train_cls.ScoreLinear(8, 3, bias=False)
+    hidden = torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
+    with Products(), torch.autocast("cpu", torch.bfloat16):
+        logits = head(hidden)
+        logits.sum().backward()
+    assert logits.dtype == head.weight.grad.dtype == torch.float32 and seen == [torch.float64] * 3
+
+
 def test_head_begins_near_zero_and_by_seed(tiny_model, folder):
     heads = [load(folder, tiny_model, seed=seed)[-1].score.weight for seed in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])

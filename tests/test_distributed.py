@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import socket
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,8 +157,8 @@ def test_bad_steps_update_nothing_under_deepspeed(mixed, tmp_path, config):
     assert [row.get("not_finite") for row in metrics(tmp_path)] == [None, "loss", "loss"]
 
 
-def test_fsdp2_with_fully_shard(mixed, demo, alone, tmp_path):  # noqa: F811
-    """Engine and checkpoints on torch's own fully_shard: losses of one process, continued to the last bit."""
+def test_fsdp2(mixed, demo, alone, tmp_path):  # noqa: F811
+    """FSDP2 as accelerate does it, two processes: losses of one, continued to the last bit; bf16 (see the worker)."""
     torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "tests/fsdp2_worker.py"]
     data = [demo / "model", mixed[3], demo / "videos"]
     (tmp_path / "a").mkdir()
@@ -177,6 +180,165 @@ def test_fsdp_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(mv.InputError, match="FSDP needs GPUs"):
         mv.make_accelerator(mv.TrainingArguments())
+
+
+@pytest.mark.parametrize("launched_with", ["ddp", "deepspeed"])
+@pytest.mark.parametrize("cuda", [True, False])
+def test_processes_wait_for_two_hours(monkeypatch, launched_with, cuda):
+    """The group of all processes gets the timeout, with the backend of the device."""
+
+    class Started(Exception):
+        pass
+
+    def init(backend=None, dist_backend=None, timeout=None, **kwargs):
+        raise Started(backend or dist_backend, timeout)
+
+    one_of_two = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": 1}
+    for name, value in one_of_two.items():
+        monkeypatch.setenv(name, str(value))
+    if launched_with == "deepspeed":
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setattr("deepspeed.comm.init_distributed", init)
+    monkeypatch.setattr("torch.distributed.init_process_group", init)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    threads = torch.get_num_threads()
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    try:
+        with pytest.raises(Started) as started:
+            mv.make_accelerator(mv.TrainingArguments())
+    finally:
+        torch.set_num_threads(threads)
+        for shared in (AcceleratorState, GradientState, PartialState):
+            shared._reset_state()
+    assert started.value.args == ("nccl" if cuda else "gloo", timedelta(hours=2))
+
+
+@pytest.mark.parametrize("name, value", [("", ""), ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64"),
+                                         ("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")])  # fmt: skip
+def test_allocator(monkeypatch, name, value):
+    """Segments grow unless the user has set something; it is set before accelerate starts CUDA."""
+
+    class Started(Exception):
+        pass
+
+    def start(**kwargs):
+        raise Started(os.environ.get("PYTORCH_ALLOC_CONF"))
+
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(variable, "")  # so that it is gone again after the test
+        monkeypatch.delenv(variable)
+    if name:
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(mv, "Accelerator", start)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(Started) as started:
+        mv.make_accelerator(mv.TrainingArguments())
+    own = {"": "expandable_segments:True", "PYTORCH_ALLOC_CONF": value}
+    assert started.value.args == (own.get(name),)
+
+
+ROWS = """
+import torch
+import multivideo as mv
+
+args = mv.TrainingArguments(bf16=True, gradient_accumulation_steps=51, optim="sgd", learning_rate=1.0, max_grad_norm=0)
+accelerator, model = mv.make_accelerator(args), torch.nn.Linear(8, 8, bias=False).bfloat16()
+torch.nn.init.zeros_(model.weight)
+engine = mv.Engine(accelerator, model, args)
+assert engine.zero_stage == 2
+for i in range(51):
+    with engine.row(i == 50):
+        engine.backward(engine.model(torch.eye(8).bfloat16()).float().sum() * (0.002 if i else 1.0))
+print("norm", engine.step()[0])
+"""
+
+
+def test_gradients_of_rows_are_added_up_in_fp32(tmp_path, monkeypatch):
+    """Under ZeRO-2 in bf16 a row of gradients 1 and 50 rows of 0.002 make 1.1 on 8 × 8 weights; in bf16 it stays 1."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "rows.py").write_text(ROWS)
+    accelerate = Path(sys.executable).parent / "accelerate"
+    done = launch(accelerate, "launch", "--config_file", CONFIGS / "zero2.yaml", "--num_processes", 1,
+                  tmp_path / "rows.py")  # fmt: skip
+    assert float(done.stdout.split("norm ")[1].split()[0]) == pytest.approx(8.8, rel=1e-3)
+
+
+NODES = """
+import os, sys
+sys.path.insert(0, {root!r})
+import multivideo as mv
+import train_sft
+
+mv.PROBE_SECONDS = 1
+os.chdir(os.environ["RANK"])  # a node with a disk of its own has another folder under the same name
+sys.argv = ["train_sft.py", "--model_id", {model!r}, "--data_path", {data!r}, "--output_dir", "out"]
+mv.run(train_sft.main)
+"""
+
+
+def test_nodes_with_folders_of_their_own_are_refused(mixed, tmp_path):
+    """Only rank 0's folder would become the checkpoint: the run ends at once, and says what to do."""
+    for rank in "01":
+        (tmp_path / rank / "out").mkdir(parents=True)
+    script = NODES.format(root=str(ROOT), model=str(mixed[1]), data=str(mixed[3]))
+    (tmp_path / "nodes.py").write_text(script)
+    accelerate = Path(sys.executable).parent / "accelerate"
+    done = launch(accelerate, "launch", "--config_file", CONFIGS / "ddp.yaml", "--num_processes", 2,
+                  tmp_path / "nodes.py", cwd=tmp_path, check=False)  # fmt: skip
+    host = socket.gethostname()
+    message = (
+        f"train_sft.py: --output_dir out is not one folder for all processes: a file that process 0 on {host} wrote "
+        f"there is not seen by process 1 on {host}, whose parts of checkpoints would be lost. Name a folder on a file "
+        "system that all nodes share"
+    )
+    assert done.returncode and done.stderr.count(message) == 1 and "multivideo.py" not in done.stderr
+    assert [path for rank in "01" for path in (tmp_path / rank / "out").iterdir()] == []
+
+
+def test_memory_under_ddp(demo, monkeypatch):  # noqa: F811
+    """DDP's buckets are the gradients themselves, and only the main process hands out the optimizer's state."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+             "OMP_NUM_THREADS": 1}  # fmt: skip
+    for name, value in alone.items():
+        monkeypatch.setenv(name, str(value))
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    try:
+        args = mv.TrainingArguments(model_id=str(demo / "model"), dataloader_num_workers=0)
+        accelerator = mv.make_accelerator(args)
+        engine = mv.Engine(accelerator, mv.load_model(args, "cpu"), args)
+        assert isinstance(engine.model, torch.nn.parallel.DistributedDataParallel)
+        inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "position_ids": torch.arange(3).expand(4, 1, 3),
+                  "plan": mv.AttentionPlan.make([3]), "use_cache": False}  # fmt: skip
+        engine.backward(engine.model(**inputs).logits.sum())
+        gradients = [p.grad for p in engine.raw_model.model.language_model.parameters()]
+        buckets = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        assert len(buckets) < len(gradients) / 4
+        engine.step()
+        assert engine.optimizer_state().keys() <= set(engine.names) and engine.optimizer_state()
+        monkeypatch.setattr(type(accelerator), "is_main_process", False)
+        assert engine.optimizer_state() == {}
+    finally:
+        torch.distributed.destroy_process_group()
+        for shared in (AcceleratorState, GradientState, PartialState):
+            shared._reset_state()
+
+
+@pytest.mark.parametrize("error", [
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234",
+    "NCCL error in: ProcessGroupNCCL.cpp:2063, remote process exited or there was a network error, NCCL version 2.27\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    "NCCL communicator was aborted on rank 1. Original reason for failure was: Error while waiting for a collective",
+    "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+])  # fmt: skip
+def test_messages_that_another_process_is_gone(error):
+    """Verbatim from gloo, NCCL and torch's store; an error of one's own is not among them."""
+    assert mv.lost_another(RuntimeError(error))
+    assert not mv.lost_another(RuntimeError("NCCL error: unhandled cuda error: an illegal memory access"))
 
 
 def test_configs():

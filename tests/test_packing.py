@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import math
+from types import SimpleNamespace
 
 import multivideo as mv
 
@@ -250,8 +252,9 @@ def fake_varlen(
     for a, b, c, d in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:]):
         q, k, v = (x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d]))
         mask = torch.ones(b - a, d - c, dtype=torch.bool)
-        if window_size == (-1, 0):
-            mask = mask.tril((d - c) - (b - a))
+        left, right = window_size  # keys before and after a query's own place, -1: all of them
+        mask = mask.tril((d - c) - (b - a) + right) if right >= 0 else mask
+        mask = mask.triu((d - c) - (b - a) - left) if left >= 0 else mask
         outputs.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -284,6 +287,117 @@ def test_varlen_arguments(tiny_model, records, clips, monkeypatch, stand_in):
         mv.packed_attention(module, q, k, v, None, plan=plan, kernel=kernel)[0] for kernel in ("sdpa", "varlen")
     ]
     torch.testing.assert_close(*by_kernel, rtol=1e-5, atol=1e-6)
+
+
+def test_cudnn_attention_is_not_used(tiny_model, monkeypatch):
+    """On Hopper torch takes cuDNN where it may: neither sdpa nor varlen_attn may, whatever a tower's frames are."""
+    from torch.nn.attention import varlen
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    mv.use_packed_attention(mv.load_model(arguments(tiny_model), "cpu"), "varlen")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda index: True)
+    query = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(512, 4, 80),
+                            size=lambda i: (512, 4, 80)[i])  # fmt: skip
+    taken = []
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), **options):
+        taken.append(varlen._can_use_cudnn(query, query, query, max_q, list(window_size)))
+        return q
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    q, cu = torch.randn(1, 4, 512, 80), torch.tensor([0, 256, 512])
+    for causal in (True, False):
+        mv._varlen("varlen", q, q, q, cu, cu, 256, 256, causal, None)
+    assert taken == [False, False]
+    assert varlen._can_use_cudnn(query, query, query, 256, [-1, -1])  # what the window keeps it from
+
+
+@torch.library.custom_op("multivideo_tests::varlen", mutates_args={})
+def opaque_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int,
+    max_k: int, scale: float, window: list[int]
+) -> torch.Tensor:  # fmt: skip
+    """fake_varlen as one operation, as varlen_attn is for the compiler."""
+    return fake_varlen(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=tuple(window),
+                       enable_gqa=True).contiguous()  # fmt: skip
+
+
+opaque_varlen.register_fake(lambda query, *rest: query.new_empty(query.shape))
+
+
+@torch.library.custom_op("multivideo_tests::varlen_backward", mutates_args={})
+def opaque_varlen_backward(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_q: torch.Tensor,
+    cu_k: torch.Tensor, max_q: int, max_k: int, scale: float, window: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Its gradients, written out: autograd is off inside an operation."""
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        k, v = (x[c:d].repeat_interleave(groups, 1) for x in (key, value))
+        scores = scale * torch.einsum("qhd,khd->hqk", query[a:b], k)
+        if window[1] == 0:
+            hidden = ~torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a))
+            scores = scores.masked_fill(hidden, -math.inf)
+        p, dp = scores.softmax(-1), torch.einsum("qhd,khd->hqk", gradient[a:b], v)
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+        dq[a:b] = torch.einsum("hqk,khd->qhd", ds, k)
+        dk[c:d] += torch.einsum("hqk,qhd->khd", ds, query[a:b]).unflatten(1, (-1, groups)).sum(2)
+        dv[c:d] += torch.einsum("hqk,qhd->khd", p, gradient[a:b]).unflatten(1, (-1, groups)).sum(2)
+    return dq, dk, dv
+
+
+opaque_varlen_backward.register_fake(lambda gradient, *given: tuple(x.new_empty(x.shape) for x in given[:3]))
+
+
+def keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.rest = inputs[5:]
+
+
+opaque_varlen.register_autograd(
+    lambda ctx, gradient: (*opaque_varlen_backward(gradient, *ctx.saved_tensors, *ctx.rest), *[None] * 6),
+    setup_context=keep_inputs,
+)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"gradient_checkpointing": True, "bf16": True, "lora_enable": True, "freeze_llm": True}]
+)
+def test_compiled_blocks(tiny_model, records, clips, monkeypatch, flags):
+    """Blocks compiled one by one give eager's losses and gradients; rows of new lengths do not compile again."""
+    from torch.nn.attention import varlen
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        return opaque_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, list(window_size))
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setitem(mv.COMPILE, "backend", "aot_eager")  # the graphs, without inductor's C++ compiler
+    encoder, samples = packed_row(tiny_model, records, clips)
+    low, outcomes, graphs = flags.get("bf16", False), {}, []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        options = {"lora_rank": 4, "lora_dropout": 0.0, **flags} if "lora_enable" in flags else flags
+        torch.manual_seed(0)
+        model = mv.load_model(arguments(tiny_model, torch_compile=compiled, **options), "cpu").train()
+        mv.use_packed_attention(model, "varlen")
+        assert not [name for name in model.state_dict() if "_orig_mod" in name]
+        for row in ([1, 3], [3, 2, 1], [1]):
+            inputs, targets, _ = mv.pack([samples[i] for i in row], encoder, "cpu")
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                loss = sft_loss(model(**inputs).logits, targets)
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            outcomes.setdefault(compiled, []).append((loss.item(), norm.item()))
+            if compiled:
+                graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    tolerance = 2e-2 if low else 1e-5
+    for ours, eager in zip(outcomes[True], outcomes[False]):
+        assert ours == pytest.approx(eager, rel=tolerance)
+    assert 0 < graphs[0] == graphs[-1], graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_attention_without_plan_is_refused(tiny_model):
@@ -371,6 +485,26 @@ def test_small_learning_rate_moves_weights(tiny_model):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
         assert bool((weight.detach() != before)[big].any()) is moves
+
+
+def test_adamw_is_fused_on_cuda(tiny_model):
+    """The kernel that CUDA gets makes the CPU's steps, and goes on from their state (torch has it for CPUs, too)."""
+    args, weights = arguments(tiny_model, learning_rate=1e-3, weight_decay=0.1), []
+    for devices in (["cpu", "cpu"], ["cuda", "cuda"], ["cpu", "cuda"]):
+        model, state = mv.load_model(args, "cpu"), None
+        for device in devices:
+            optimizer = mv.make_optimizer(model, args, device)
+            assert optimizer.defaults["fused"] is (device == "cuda")
+            if state:
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            torch.manual_seed(0)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            state = optimizer.state_dict()["state"]
+        weights.append([parameter.detach() for parameter in model.parameters()])
+    for others in weights[1:]:
+        torch.testing.assert_close(others, weights[0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("flags", [{"bf16": True}, {"fp16": True}])

@@ -472,9 +472,7 @@ def test_predicted_memory_is_what_a_step_allocates(small_model, name):
     changed, rows = STEPS[name]
     args = mv.TrainingArguments(model_id=small_model, gradient_accumulation_steps=rows, **changed)
     model = mv.load_model(args, "cpu").train()
-    encoder, optimizer = mv.Encoder(small_model, args), mv.make_optimizer(model, args)
-    for group in optimizer.param_groups:
-        group["foreach"] = True  # as on a GPU
+    encoder, optimizer = mv.Encoder(small_model, args), mv.make_optimizer(model, args, "cuda")  # its steps: here
     grid = np.array([[2, 8, 8]] * 6)
     ids = np.array(([1] * 6 + [encoder.config.video_token_id] * 32) * len(grid) + [2] * 20)
     labels = np.full(len(ids), -100)
@@ -584,10 +582,11 @@ def test_launchers(seven_b):
         states = gpu_memory.MemoryModel(args, launch).states()
         totals[path.stem] = {key: value / weights for key, value in states.items()}
     assert totals["zero2"]["optimizer"] == totals["zero3"]["optimizer"] == 12 / 8
-    assert totals["zero3"]["gradients"] == 2 / 8 and totals["zero2_offload"]["optimizer"] == 0
+    assert totals["zero3"]["gradients"] == 4 / 8 and totals["zero2_offload"]["optimizer"] == 0
     order = [sum(totals[name].values()) for name in ("ddp", "zero2", "zero3", "zero3_offload")]
     assert order == sorted(order, reverse=True)
-    assert sum(totals["fsdp2"].values()) < sum(totals["one_gpu"].values()) < sum(totals["ddp"].values())
+    assert sum(totals["fsdp2"].values()) < sum(totals["one_gpu"].values())
+    assert totals["ddp"] == totals["one_gpu"]  # DDP's buckets are the gradients themselves
     assert gpu_memory.read_launcher(None, 4)["kind"] == "MULTI_GPU"
 
 

@@ -4,13 +4,14 @@
     python tools/benchmark.py --device cpu --model tiny --random_weights   # the same code on tiny shapes
 
 Qwen2.5-VL-3B or -7B with random weights is built on the GPU; its samples of 30 videos × 4 frames are random pixels
-that go through the project's own encoder. Four checks come first: causal alignment of variable-length attention where
-prefixes are shared, the tower's head dimension of 80, bf16 against fp32, gradients. Then training steps as the
-trainers take them, packing included, with and without gradient checkpointing: SFT (LoRA; all weights), DPO,
-classification, and GRPO: an update (its peak memory too) and its rollout, which is made once per size. The usual way
-beside it, with the same weights, types and optimizer: padded rows, HF forward, all logits (of completions in GRPO),
-attention sdpa (and flash-attn, if installed), the prompt and its pixels repeated for every answer. Then parts: the
-tower's loop over chunks against one call, variable-length attention against a mask, decoding.
+that go through the project's own encoder. Checks come first: causal alignment of variable-length attention where
+prefixes are shared, head dimensions, masks (and what cuDNN makes of them), bf16 against fp32, gradients. Then training
+steps as the trainers take them, packing included, with and without gradient checkpointing: SFT (LoRA; all weights),
+DPO, classification, and GRPO: an update (its peak memory too) and its rollout, which is made once per size. The usual
+way beside it, with the same weights, types and optimizer: padded rows, HF forward, all logits (of completions in
+GRPO), attention sdpa (and flash-attn, if installed), the prompt and its pixels repeated for every answer. Then parts:
+rows of 1 to 16 samples, eager and compiled, what the host has enqueued beside what is done; rollouts per token; the
+optimizer alone; the tower's loop over chunks against one call, variable-length attention against a mask, decoding.
 
 What is most telling comes first; what --minutes leaves no time for is listed as not reached, what does not fit as out
 of memory. gpu.json is written after each result, and has one entry per model; gpu.md is the table of all of them.
@@ -25,9 +26,11 @@ Utilisation is these FLOPs per second over the device's dense bf16 peak (PEAKS).
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import importlib.util
 import itertools
@@ -151,6 +154,7 @@ class RandomPixels(mv.Encoder):
 
     def clips(self, parts, folder, known_bad):
         """What mv.Encoder.clips gives, for the size that the arguments name."""
+        self.readers = collections.Counter()  # no file is read
         random, size = np.random.default_rng(0), self.args.video_resized_width
         shape = (self.args.nframes, 3, size, size)
         frames = [torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8)) for _ in parts]
@@ -158,17 +162,21 @@ class RandomPixels(mv.Encoder):
         return [(*clip, SECONDS_PER_GRID) for clip in clips], False
 
 
+def raw_record(objective: str, videos: int, i: int) -> dict:
+    """Record `i` of an objective as a data file has it."""
+    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    return {"video": [f"{v}.mp4" for v in range(videos)]} | {
+        "sft": {"conversations": turns},
+        "dpo": {"prompt": QUESTION, "chosen": ANSWER, "rejected": REJECTED},
+        "cls": {"prompt": QUESTION, "label": "ab"[i % 2]},
+        "grpo": {"conversations": turns},
+    }[objective]
+
+
 def make_record(objective: str, videos: int, i: int) -> dict:
     """Record `i` in the schema of an objective's trainer."""
-    names = [f"{v}.mp4" for v in range(videos)]
-    turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
-    record, trainer = {
-        "sft": ({"video": names, "conversations": turns}, train_sft),
-        "dpo": ({"video": names, "prompt": QUESTION, "chosen": ANSWER, "rejected": REJECTED}, train_dpo),
-        "cls": ({"video": names, "prompt": QUESTION, "label": "ab"[i % 2]}, train_cls),
-        "grpo": ({"video": names, "conversations": turns}, train_grpo),
-    }[objective]
-    return trainer.normalize_record(record, f"record {i}")
+    trainer = {"sft": train_sft, "dpo": train_dpo, "cls": train_cls, "grpo": train_grpo}[objective]
+    return trainer.normalize_record(raw_record(objective, videos, i), f"record {i}")
 
 
 def padded(samples: list[dict], encoder: mv.Encoder) -> dict:
@@ -327,11 +335,55 @@ def check_alignment(config, device, kernel: str, dtype) -> dict:
     return {"relative error": max(relative_error([a], [b]) for a, b in zip(ours, reference)), "at most": 0.02}
 
 
-def check_tower_heads(device, kernel: str, dtype) -> dict:
+def check_heads(device, kernel: str, dtype) -> dict:
+    """The tower's check, at heads of 72, 128 and 256: the largest error."""
+    return max((check_tower_heads(device, kernel, dtype, dim) for dim in (72, 128, 256)),
+               key=lambda figures: figures["relative error"])  # fmt: skip
+
+
+def check_masks(device, dtype) -> dict:
+    """Attention by sdpa with a mask, against fp32: completions being decoded, and a prefix at 192 = 64 mod 128 keys.
+
+    `cudnn_nan_gradients` is what cuDNN, which is switched off, gives with such a mask at large negative scores.
+    """
+    errors, module = [], SimpleNamespace(is_causal=True)
+    for prefix, suffix in ((150, 42), (128, 64)):  # 192 keys
+        lengths, prefixes = [prefix, suffix], [None, 0]
+        torch.manual_seed(0)
+        tensors = [torch.randn(1, h, sum(lengths), 128, device=device).to(dtype) for h in (8, 2, 2)]
+        plan, mask = mv.AttentionPlan.make(lengths, prefixes, device), plan_mask(lengths, prefixes, device)
+        decoded = mask[-suffix:][None, None]
+
+        def packed(*qkv, plan=plan):
+            return mv.packed_attention(module, *qkv, None, plan=plan, kernel="sdpa")[0]
+
+        def decoding(q, k, v, decoded=decoded, suffix=suffix):
+            return mv.packed_attention(module, q[:, :, -suffix:], k, v, decoded)[0]
+
+        with sdpa_kernel(SDPBackend.MATH):  # no TF32 inside
+            reference = attend(lambda *qkv, mask=mask: masked_attention(*qkv, mask), tensors, torch.float32)
+        errors += [relative_error([a], [b]) for a, b in zip(attend(packed, tensors, dtype), reference)]
+        ours = attend(decoding, tensors, dtype)[0]
+        errors.append(relative_error([ours], [reference[0][:, -suffix:]]))
+    figures = {"relative error": max(errors), "at most": 0.02}
+    if torch.device(device).type == "cuda":
+        q, k, v = (0.1 * torch.randn(1, 1, 704, 64, device=device, dtype=dtype) for _ in range(3))
+        q[..., 0], k[..., 0] = 1.0, -120 * math.sqrt(64)
+        mask = torch.ones(704, 704, dtype=torch.bool, device=device).tril()[None, None]
+        try:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                output = F.scaled_dot_product_attention(q.requires_grad_(), k, v, mask)
+            figures["cudnn_nan_gradients"] = int(torch.autograd.grad(output.sum(), q)[0].isnan().sum())
+        except RuntimeError as error:
+            figures["cudnn_nan_gradients"] = told(error)
+    return figures
+
+
+def check_tower_heads(device, kernel: str, dtype, dim: int = 80) -> dict:
     """Full attention inside chunks with the tower's 16 heads of 80, against a mask in fp32, gradients too."""
     lengths = [64] * 6 + [16] * 5 + [256] * 2 + [32]
     torch.manual_seed(0)
-    tensors = [torch.randn(1, 16, sum(lengths), 80, device=device).to(dtype) for _ in range(3)]
+    tensors = [torch.randn(1, 16, sum(lengths), dim, device=device).to(dtype) for _ in range(3)]
     module = SimpleNamespace(is_causal=False)
     cu = F.pad(torch.tensor(lengths, device=device).cumsum(0), (1, 0)).to(torch.int32)
     chunk = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
@@ -409,9 +461,11 @@ def list_cells(scale: Scale, ways: list[str]) -> list[dict]:
     sizes = list(scale.rows)
     middle, others = sizes[1:2], sizes[:1] + sizes[2:]
     parts = [{"part": part, "pixels": size} for part in ("tower", "attention") for size in sizes]
+    more = [{"part": part, "pixels": sizes[0]} for part in ("packing", "rollouts", "optimizer")]
     decoding = [{"part": "decoding", "pixels": sizes[0], "way": way} for way in ("ours", "usual", "static, compiled")]
     return [
-        *steps("sft", "lora", True, sizes), *steps("dpo", "lora", True, sizes), *steps("grpo", "lora", True, middle),
+        *steps("sft", "lora", True, sizes), *more, *steps("dpo", "lora", True, sizes),
+        *steps("grpo", "lora", True, middle),
         *steps("sft", "all", True, sizes), *steps("cls", "lora and head", True, sizes), *parts,
         *steps("sft", "lora", False, sizes), *steps("dpo", "lora", False, sizes), *decoding,
         *steps("sft", "all", False, sizes), *steps("cls", "lora and head", False, sizes),
@@ -837,6 +891,91 @@ class Bench:
             result[name] = self.clock(both, 3 * self.scale.repetitions, 3)
         return {"seconds": result, "tokens": sum(lengths)}
 
+    def packing(self, cell: dict) -> dict:
+        """Forward and backward (SFT, LoRA) of rows of 1 to 16 samples, and of 16k tokens at the largest size.
+
+        Eager, then with compiled blocks; `enqueued` is when the host has launched all and waits.
+        """
+        self.load("lora", True)
+        self.attention_of("ours")
+        small, large = (self.data("sft", size) for size in (cell["pixels"], max(self.scale.rows)))
+        rows = {
+            f"{n} samples": (small, (small.samples * 16)[:n])
+            for n in ((1, 4, 8, 16) if self.scale is REAL else (1, 2))
+        }
+        longest = len(large.samples[0]["input_ids"])
+        count = max(1, round(16_000 / longest)) if self.scale is REAL else 2
+        rows[f"{count * longest:,} tokens"] = large, (large.samples * count)[:count]
+        result, utilisation = {}, {}
+
+        def step(inputs, targets):
+            with self.engine.row(True):
+                with self.engine.autocast():
+                    loss = train_sft.sft_loss(self.engine.model(**inputs).logits, targets) / len(targets)
+                self.engine.backward(loss)
+
+        for way in ("eager", "compiled") if self.cuda else ("eager",):
+            if way == "compiled":
+                mv.compile_blocks(self.model)
+            for name, (data, samples) in rows.items():
+                inputs, targets, _ = mv.pack(samples, data.encoder, self.device)
+                step(inputs, targets)
+                enqueued = []
+
+                def timed(inputs=inputs, targets=targets, enqueued=enqueued):
+                    started = time.perf_counter()
+                    step(inputs, targets)
+                    enqueued.append(time.perf_counter() - started)
+
+                times = self.clock(timed, self.scale.repetitions, 5)
+                result |= {f"{way}, {name}": times, f"{way}, {name}, enqueued": enqueued}
+                if self.peak_flops:
+                    flops = model_flops(self.model, self.config, row_work(inputs, self.config))
+                    utilisation[f"{way}, {name}"] = flops / statistics.median(times) / self.peak_flops
+        self.drop()  # with its compiled blocks
+        return {"seconds": result, "mfu": utilisation}
+
+    def rollouts(self, cell: dict) -> dict:
+        """Seconds per decoded token of a rollout of 1 and of 8 prompts."""
+        self.load("plain")
+        self.attention_of("ours")
+        data, length, G = self.data("grpo", cell["pixels"]), self.scale.new_tokens // 2, self.scale.generations
+        args = train_grpo.GRPOArguments(max_completion_length=length, temperature=1.0, num_generations=G, top_k=0)
+        engine = SimpleNamespace(raw_model=self.model, autocast=contextlib.nullcontext,
+                                 accelerator=SimpleNamespace(device=self.device))  # fmt: skip
+        result = {}
+        for prompts in (1, 8):
+            draws = [np.random.default_rng(i).random((G, length)) for i in range(prompts)]
+
+            def complete(prompts=prompts, draws=draws):
+                train_grpo.generate(engine, (data.samples * 8)[:prompts], data.encoder, args, draws)
+
+            complete()
+            times = self.clock(complete, self.scale.repetitions, 10)
+            result[f"{prompts} prompts, per token"] = [seconds / length for seconds in times]
+        return {"seconds": result}
+
+    def optimizer(self, cell: dict) -> dict:
+        """One step of AdamW alone, on 1,000 million weights in fp32: foreach, fused, 8-bit."""
+        self.drop()
+        size = 10**7 if self.scale is REAL else 1000
+        ways = {name: functools.partial(torch.optim.AdamW, **{name: True}) for name in ("foreach", "fused")}
+        if self.cuda and importlib.util.find_spec("bitsandbytes"):
+            import bitsandbytes
+
+            ways["8-bit"] = bitsandbytes.optim.AdamW8bit
+        result = {}
+        for name, kind in ways.items():
+            weights = [torch.nn.Parameter(torch.zeros(size, device=self.device)) for _ in range(100)]
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            optimizer = kind(weights)
+            optimizer.step()
+            result[name] = self.clock(optimizer.step, self.scale.repetitions, 3)
+            del optimizer, weights, weight
+            self.clean()
+        return {"seconds": result}
+
     def decoding(self, cell: dict) -> dict:
         """Tokens per second of one greedy completion, prompt included: ours, HF generate, HF generate compiled."""
         self.load("plain")
@@ -876,11 +1015,13 @@ class Bench:
     # ---- the run
 
     def check(self) -> dict:
-        """The four checks: their figures, whether they hold, or why they are skipped."""
+        """The checks: their figures, whether they hold, or why they are skipped."""
         skipped, half = {"skipped": "variable-length attention needs CUDA"}, torch.bfloat16
         todo = {
             ("causal alignment",): lambda: [check_alignment(self.config, self.device, self.kernel, half)],
             ("head dimension 80",): lambda: [check_tower_heads(self.device, self.kernel, half)],
+            ("other head dimensions",): lambda: [check_heads(self.device, self.kernel, half)],
+            ("masks",): lambda: [check_masks(self.device, half)],
             ("bf16 error", "gradients"): lambda: check_precision(self),
         }
         checks = {}
@@ -946,8 +1087,11 @@ def where_and_when(options) -> dict:
     import peft
 
     return {"device": device, "driver": driver, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-            "cuda": torch.version.cuda, "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__, "peft": peft.__version__}  # fmt: skip
+            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if device != "CPU" else None,
+            "sdpa": ", ".join(name for name in ("flash", "mem_efficient", "cudnn", "math")
+                              if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()),
+            "transformers": transformers.__version__, "accelerate": accelerate.__version__,
+            "peft": peft.__version__}  # fmt: skip
 
 
 def table(name: str, run: dict) -> list[str]:

@@ -136,13 +136,14 @@ class MemoryModel:
         weights += self.quantized_bytes(self.quantized)
         gradients, optimizer = self.trained * w, self.trained * OPTIMIZER_BYTES[args.optim]
         optimizer *= w / 4 if args.optim.startswith("adamw_torch") else 1  # states have the weights' type
-        step = {"adamw_torch": self.trained * w, "adafactor": 3 * self.largest * 4}.get(args.optim, 0)
+        step = 3 * self.largest * 4 if args.optim == "adafactor" else 0  # AdamW is fused: it needs none
         other = self.cast * self.e if w > self.e else 0  # casts, which live as long as the forward pass
         other += 2 * self.largest_quantized * self.e  # unpacked for its product
         copy = self.copy / n if kind == "FSDP" or stage == 3 else self.copy
         copy = 0 if launch["offload_weights"] else copy
         if kind == "DEEPSPEED":
             optimizer = self.trained * (12 if w == 2 else 8) / n  # with fp32 masters
+            gradients *= 2 if w == 2 and not args.fp16 else 1  # rows are added up in fp32
             gradients, step = gradients / (n if stage > 1 else 1), self.trained * 4 / n
             buckets = min(BUCKET, self.trained) * w
             if launch["offload_optimizer"]:
@@ -154,8 +155,6 @@ class MemoryModel:
         elif kind == "FSDP":
             whole = max(self.largest * 2, (self.trained + self.frozen) / 20) * w  # embeddings and head, and two layers
             weights, gradients, optimizer, step = weights / n + whole, gradients / n, optimizer / n, step / n
-        elif n > 1:
-            weights += gradients  # DDP's buckets
         return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step, "casts": other,
                 "reference": copy}  # fmt: skip
 

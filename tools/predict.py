@@ -236,10 +236,7 @@ def load_model(args: AnswerArguments, device, config=None):
     )  # fmt: skip
     if folder:
         model, _ = mv.put_adapter(model, folder)
-    kernel = args.attn_implementation
-    if kernel == "auto":
-        kernel = "varlen" if low is not None and torch.device(device).type == "cuda" else "sdpa"
-    mv.use_packed_attention(model, kernel)
+    mv.use_packed_attention(model, mv.attention_kernel(args, device))
     return model.to(device).eval() if not quantization else model.eval()
 
 
