@@ -535,6 +535,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
              "--data_path is missing: the file with the training records")  # fmt: skip
     for flag in ("data_path", "eval_path"):
         path = Path(getattr(args, flag) or ".")
+        if not path.exists() and (folder := Path(str(path).rsplit(":", 1)[0])).is_dir():
+            path = folder  # :split follows
         complain(looks_local(path) and not path.exists(), f"--{flag} {path}: no such file")
         complain(path.is_file() and path.suffix.lower() not in ("", *DATA_SUFFIXES),
                  f"--{flag} {path}: expected a file whose name ends in {', '.join(DATA_SUFFIXES)}")  # fmt: skip
@@ -543,10 +545,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         complain(path and not Path(path).is_dir(), f"--{flag} {path}: no such folder")
     complain(args.system_prompt and CONTROL_TOKENS.search(args.system_prompt),
              "--system_prompt has a control token such as <|im_end|>: take it out")  # fmt: skip
-    home = os.environ.get("HF_HOME", "")
-    folder = args.video_cache or os.environ.get("MULTIVIDEO_CACHE") or (home and os.path.join(home, "multivideo"))
-    folder = os.path.abspath(os.path.expanduser(folder or "~/.cache/multivideo")) if folder.lower() != "none" else None
-    args.video_cache = folder
+    folder = args.video_cache or default_cache()
+    args.video_cache = None if folder.lower() == "none" else os.path.abspath(os.path.expanduser(folder))
     if args.video_cache:
         try:
             os.makedirs(args.video_cache, mode=0o700, exist_ok=True)
@@ -1082,10 +1082,11 @@ def _media_part(kind, item, shared=None):
                     raise ValueError(f"{kind}: option {key!r} is given {beside[given[name][0]][0]}: keep one of them")
                 given[name] = i, value
         given = {name: value for name, (_, value) in given.items()}
-        if "bytes" in given:
-            raise ValueError(
-                f"{kind}: decoded or embedded media is not read, got a field 'bytes': give the file's path"
-            )
+        if isinstance(embedded := given.pop("bytes", None), bytes):
+            given["path"] = store_embedded(embedded, given.get("path"), kind)
+        elif embedded is not None:
+            raise ValueError(f"{kind}: field 'bytes' must be the bytes of the file, as in Parquet, got "
+                             f"{_short(embedded)}: give the file's path")  # fmt: skip
         source = [key for key in (kind, "path", "url", f"{kind}_url") if key in given]
         if len(source) != 1:
             raise ValueError(
@@ -1147,6 +1148,25 @@ def _media_part(kind, item, shared=None):
         what = "an image" if kind == "image" else "a list of frame images"
         raise ValueError(f"{kind} {_short(item)}: option {sorted(unused)[0]!r} means nothing for {what}: drop it")
     return _part("frames" if frames else kind, files=files, **options)
+
+
+def default_cache() -> str:
+    """Folder for what is kept between runs: $MULTIVIDEO_CACHE, $HF_HOME/multivideo or ~/.cache/multivideo."""
+    home = os.environ.get("HF_HOME", "")
+    return os.environ.get("MULTIVIDEO_CACHE") or (os.path.join(home, "multivideo") if home else "~/.cache/multivideo")
+
+
+def store_embedded(content: bytes, name, kind: str) -> str:
+    """Path of a file with this content, written once: `media/` of $MULTIVIDEO_CACHE or what stands for it."""
+    suffix = Path(name).suffix.lower() if isinstance(name, str) else ""
+    suffix = suffix or (".mp4" if kind == "video" else ".png")  # readers look at the content
+    path = Path(default_cache()).expanduser().absolute() / "media" / f"{xxhash.xxh3_128_hexdigest(content)}{suffix}"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    return str(path)
 
 
 def _part(kind, **values):
@@ -1430,20 +1450,32 @@ def _find_in_list(path):
 
 
 def _open_table(source):
-    """A Parquet file, a dataset folder or a hub dataset; media columns give paths, nothing is decoded."""
+    """A Parquet file, a dataset folder or a hub dataset, which `:split` may follow (default: train).
+
+    Media columns give paths or the bytes of files; nothing is decoded.
+    """
     import datasets
 
-    path = Path(source)
+    path, split = Path(source), "train"
+    if not path.exists() and ":" in source:
+        source, split = source.rsplit(":", 1)
+        path = Path(source)
     try:
         if path.suffix.lower() == ".parquet":
             table = datasets.load_dataset("parquet", data_files=str(path), split="train")
         elif (path / "dataset_info.json").is_file():
             table = datasets.load_from_disk(str(path))
+        elif (path / "dataset_dict.json").is_file():
+            tables = datasets.load_from_disk(str(path))
+            if split not in tables:
+                known = ", ".join(tables)
+                raise ValueError(f"no split {split!r} in it, but {known}: name one, {path}:{next(iter(tables))}")
+            table = tables[split]
         elif found := sorted({*path.glob("*.json"), *path.glob("*.jsonl")} - {path / "dataset_dict.json"}):
             names = ", ".join(file.name for file in found[:5])
             raise ValueError(f"a folder with JSON files ({names}): name the file itself")
         else:
-            table = datasets.load_dataset(source, split="train")
+            table = datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source}: cannot be read as a dataset: {error.__cause__ or error}") from None
     table = table.with_format(None)

@@ -412,6 +412,14 @@ def normalize_record(
             if labels and len(numbers) != len(labels):
                 raise ValueError(f"{len(numbers)} where {len(labels)} are expected: {some(labels)}")
             return {**row, "completions": [], "label": [], "target": numbers}
+        if isinstance(value, dict):
+            named = [str(key) for key, on in value.items() if on == 1]  # True, too
+            raise ValueError(f"a dict of classes: write the names of those that apply, {named}, with --problem_type "
+                             f"{MULTI}, or the one name without")  # fmt: skip
+        if several and len(several) > 2 and all(isinstance(item, (int, float)) and item in (0, 1) for item in several):
+            raise ValueError(f"a 0 or 1 for each class (multi-hot): write the names of those that apply, such as "
+                             f"{[name for name, on in zip(labels or 'abcdefghijklmnopqrstuvwxyz', several) if on]}, "
+                             f"with --problem_type {MULTI}")  # fmt: skip
         if (several is not None) != (problem_type == MULTI):
             raise ValueError("several classes: for them give --problem_type multi_label_classification" if several
                              is not None else "one class where a list of them is expected: put it in […]")  # fmt: skip

@@ -579,7 +579,7 @@ def test_labels(problem_type, field, label, target):
     (SINGLE, {"prompt": "?", "label": ["a"]}, "is ['a']: several classes: for them give --problem_type multi_label"),
     (SINGLE, {"prompt": "?", "label": 1.5}, "is 1.5: a class is a text or a whole number; for amounts give "),
     (SINGLE, {"prompt": "?", "label": " "}, "is ' ': a class is a text or a whole number"),
-    (SINGLE, {"prompt": "?", "label": {"a": 1}}, "a class is a text"),
+    (SINGLE, {"prompt": "?", "label": {"a": 1}}, "a dict of classes: write the names of those"),
     (MULTI, {"prompt": "?", "label": "a"}, "is 'a': one class where a list of them is expected: put it in […]"),
     (MULTI, {"prompt": "?", "label": ["a", "a"]}, "twice"),
     (REGRESSION, {"prompt": "?", "label": "55"}, "is '55': a target is a number, without quotes"),

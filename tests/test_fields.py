@@ -1,9 +1,14 @@
 """Fields that change what is learned: each is honoured, or refused by name with what to do; other columns pass."""
 
+from pathlib import Path
+
 import multivideo as mv
 
+import datasets
 import pytest
+from PIL import Image
 from qwen_vl_utils import vision_process
+from reference import write_clip
 from test_records import frames, image, llava, messages, text, trl, video
 
 import train_cls
@@ -282,3 +287,53 @@ def test_unknown_forms(module):
             module.normalize_record(record, "here")
     with pytest.raises(ValueError, match="'completion' .*'prompt'|no 'prompt'|'conversations'"):
         module.normalize_record({"completion": "So."}, "here")
+
+
+# ---------------------------------------------------------------------------------------------------- where data is
+
+
+def test_embedded_media(tmp_path, monkeypatch):
+    """Bytes in Parquet become files of the cache folder, each content once, and are read like any other file."""
+    monkeypatch.setenv("MULTIVIDEO_CACHE", str(tmp_path / "cache"))
+    write_clip(tmp_path / "a.mp4", 64, 48, 8)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "i.png")
+    movie, still = (tmp_path / "a.mp4").read_bytes(), (tmp_path / "i.png").read_bytes()
+    videos = [{"bytes": movie, "path": "a.mp4"}, {"bytes": movie, "path": None}]
+    row = trl(videos=videos, images=[{"bytes": still, "path": None}])
+    datasets.Dataset.from_list([row] * 2).to_parquet(str(tmp_path / "data.parquet"))
+    for _ in range(2):
+        records = mv.load_records(str(tmp_path / "data.parquet"), train_sft.normalize_record)
+        clips = [part for row in records for part in row["messages"][0]["content"] if part["type"] != "text"]
+        paths = [Path(part["files"][0]) for part in clips]
+        assert [path.read_bytes() for path in paths] == [movie, movie, still] * 2
+        assert {path.parent for path in paths} == {tmp_path / "cache" / "media"}
+        assert sorted(path.suffix for path in (tmp_path / "cache" / "media").iterdir()) == [".mp4", ".png"]
+    assert mv.video_info(str(paths[0])).num_frames == 8
+    with pytest.raises(ValueError, match="field 'bytes' must be the bytes of the file, as in Parquet, got str"):
+        train_sft.normalize_record(llava(video={"bytes": "AAAA"}), "x")
+
+
+def test_splits(tmp_path):
+    """FOLDER:SPLIT of a dataset that was saved with several."""
+    tables = {name: datasets.Dataset.from_list([trl(name)]) for name in ("train", "val")}
+    datasets.DatasetDict(tables).save_to_disk(str(tmp_path / "data"))
+    for source, expected in ((tmp_path / "data", "train"), (f"{tmp_path}/data:val", "val")):
+        (record,) = mv.load_records(str(source), train_sft.normalize_record)
+        assert record["messages"][0]["content"] == [text(expected)]
+    with pytest.raises(ValueError, match="no split 'test' in it, but train, val: name one"):
+        mv.load_records(f"{tmp_path}/data:test", train_sft.normalize_record)
+
+
+def test_labels_of_other_forms():
+    """One sentence says how to write dicts and multi-hot lists."""
+    cases = (
+        ({"red": 1, "blue": 0}, r"a dict of classes: write the names .*, \['red'\], with --problem_type"),
+        ([0, 1, 1], r"\(multi-hot\): write the names of those that apply, such as \['b', 'c'\]"),
+    )
+    for problem_type in ("single_label_classification", "multi_label_classification"):
+        for value, message in cases:
+            with pytest.raises(ValueError, match=message):
+                train_cls.normalize_record({"prompt": "?", "label": value}, "x", problem_type)
+    with pytest.raises(ValueError, match=r"such as \['green'\]"):
+        names = ["red", "green", "blue"]
+        train_cls.normalize_record({"prompt": "?", "label": [0, 1, 0]}, "x", "multi_label_classification", None, names)

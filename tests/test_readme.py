@@ -285,11 +285,19 @@ def test_records_are_read():
         assert len(mv.record_files(row)) > 1, record
         assert shape(record) in examples, record
     (video,) = (json.loads(code) for code in INLINE if code.startswith('{"video"'))
-    options = set(mv.PART) - {"type", "text", "files"}
     row = train_sft.normalize_record({**records[0], "video": [video] * 3}, "README")
-    told = next(line for line in README.split("\n- ") if line.startswith("A video is a path"))
     assert row["messages"][0]["content"][0]["end"] == 9
-    assert options == {name for name in options if f"`{name}`" in told or f'"{name}"' in told}
+
+
+def test_every_field_is_documented():
+    """docs/data.md has all that is read, refused or an option; the README links it."""
+    page = (ROOT / "docs" / "data.md").read_text()
+    fields = {*mv.OPTIONS, *mv.OPTION_ALIASES, "sample_fps", *mv.TRAIN_FIELDS, "system", "completion", "query",
+              "instruction", "problem", "rejected_response", *train_grpo.REFERENCES, *train_grpo.COLUMNS}  # fmt: skip
+    assert {field for field in fields if f"`{field}`" not in page} == set()
+    refused = page.split("## Refused by name")[1]
+    named = {*mv.REFUSED_FIELDS, *mv.REFUSED_TURN_FIELDS, *mv.REASONING_FIELDS}
+    assert {field for field in named if f"`{field}`" not in refused} == set() and "(docs/data.md)" in README
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").iterdir()), ids=lambda path: path.name)

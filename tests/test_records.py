@@ -548,7 +548,7 @@ BAD_RECORDS = {
     "no path": (llava(video={"fps": 2}), r"video: expected one path under 'video', got the fields fps"),
     "no path in a part": (trl([{"type": "video", "fps": 2}, CONTENT]), "video: expected one path under 'video'"),
     "two paths": (clip(path="b.mp4"), "expected one path under 'video', got the fields"),
-    "bytes": (llava(image={"bytes": "x", "path": None}), "decoded or embedded media is not read, got a field 'bytes'"),
+    "bytes": (llava(image={"bytes": "x", "path": None}), "field 'bytes' must be the bytes of the file, as in Parquet"),
     "http": (llava(video="https://x.org/a.mp4"), "video 'https://x.org/a.mp4': addresses are not read: download"),
     "s3": (llava(video=[["s3://b/1.png"]]), "addresses are not read: download first"),
     "file": (trl([{"type": "image", "image": "file://server/a.png"}]), "addresses are not read"),
