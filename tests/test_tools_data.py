@@ -9,7 +9,6 @@ import math
 import os
 import re
 import struct
-import subprocess
 import sys
 import time
 import weakref
@@ -182,13 +181,16 @@ OTHERS = {  # objective: fields of a record
 
 
 @pytest.mark.parametrize("tool", ["check_data", "preview", "cache_videos", "predict", "app"])
-def test_help_shows_the_flags_that_a_tool_uses(tool):
+def test_help_shows_the_flags_that_a_tool_uses(tool, monkeypatch, capsys):
     """Of a training command it takes all; the loop's are not among those it shows, with or without an objective."""
+    main = importlib.import_module(tool).main
     for more in [[]] if tool in ("predict", "app") else [[], ["--objective", "cls"]]:
-        command = [sys.executable, ROOT / "tools" / f"{tool}.py", *more, "--help"]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        monkeypatch.setattr(sys, "argv", [f"{tool}.py", *more, "--help"])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        shown = capsys.readouterr().out
         flags = set(re.findall(r"^  --(\w+)", shown, re.M))
-        assert {"model_id", "fps", "video_resized_width", "system_prompt"} <= flags
+        assert exit.value.code == 0 and {"model_id", "fps", "video_resized_width", "system_prompt"} <= flags
         assert not {"learning_rate", "warmup_ratio", "save_steps", "resume_from_checkpoint", "loss_type"} & flags
         assert ("labels" in flags) == bool(more) and "they change nothing here" in shown
 
@@ -791,8 +793,21 @@ def test_check_data_judges_as_the_trainer(tiny_model, demo, tmp_path, monkeypatc
     def load_model(*args, **kwargs):
         raise Loaded
 
+    class Here:
+        """The pool's work in this process."""
+
+        def __init__(self, workers, context, initializer, initargs):
+            initializer(*initargs)
+
+        def stop(self):
+            pass
+
+        join = stop
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mv, "load_model", load_model)
+    monkeypatch.setattr(pebble, "ProcessPool", Here)
+    monkeypatch.setattr(check_data, "in_workers", lambda pool, work, items, *_: ((x, work(x)) for x in items))
     try:
         in_process(monkeypatch, *argv, trainer=f"train_{objective}")
     except Loaded:
