@@ -5,6 +5,7 @@ from pathlib import Path
 import multivideo as mv
 
 import datasets
+import predict
 import pytest
 from PIL import Image
 from qwen_vl_utils import vision_process
@@ -239,6 +240,8 @@ def test_other_forms(record):
     assert train_sft.normalize_record(record, "x")["messages"] == train_sft.normalize_record(plain, "x")["messages"]
     row = train_grpo.normalize_record(record, "x")
     assert row["messages"] == messages(("user", [video("a.mp4"), text("Why?")])) and row["reference"] == "So."
+    assert predict.normalize_record(record, "x")["messages"] == row["messages"]
+    assert predict.normalize_record(record, "x")["reference"] == "So."
     row = train_cls.normalize_record({**{k: v for k, v in record.items() if k != "completion"}, "label": "a"}, "x")
     assert row["messages"] == messages(("user", [video("a.mp4"), text("Why?")]))
 

@@ -184,6 +184,8 @@ OTHERS = {  # objective: fields of a record
 def test_help_shows_the_flags_that_a_tool_uses(tool, monkeypatch, capsys):
     """Of a training command it takes all; the loop's are not among those it shows, with or without an objective."""
     main = importlib.import_module(tool).main
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     for more in [[]] if tool in ("predict", "app") else [[], ["--objective", "cls"]]:
         monkeypatch.setattr(sys, "argv", [f"{tool}.py", *more, "--help"])
         with pytest.raises(SystemExit) as exit:
@@ -817,6 +819,7 @@ def test_check_data_judges_as_the_trainer(tiny_model, demo, tmp_path, monkeypatc
     monkeypatch.setattr(
         sys, "argv", ["check_data.py", *map(str, argv), "--objective", objective, "--num_workers", "1"]
     )
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
     with pytest.raises(SystemExit) as exit:
         check_data.main()
     bad = {"sft": {1}, "dpo": {1, 2}, "grpo": {1, 3}, "cls": set(range(1, 7))}[objective]
