@@ -4739,12 +4739,12 @@ def describe_run(
         say(f"  note       {note}")
 
 
-def peak_memory() -> tuple[float, float | None]:
-    """GiB at most so far: of tensors and of the allocator on CUDA; without it those of the process, and None."""
-    if torch.cuda.is_available():
-        return tuple(round(peak() / 2**30, 3) for peak in (torch.cuda.max_memory_allocated,
-                                                           torch.cuda.max_memory_reserved))  # fmt: skip
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3), None
+def peak_memory() -> dict:
+    """GiB at most so far, for a row of metrics.jsonl: of tensors and of the allocator on CUDA, else of the process."""
+    if not torch.cuda.is_available():
+        return {"max_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"max_memory_gb": round(allocated / 2**30, 3), "max_memory_reserved_gb": round(reserved / 2**30, 3)}
 
 
 def append_jsonl(path: Path, row: dict):

@@ -1298,7 +1298,6 @@ def main():
         # ---- log
         seconds = time.perf_counter() - started
         update_seconds = seconds - data_wait - rollout_seconds - reward_seconds
-        allocated, reserved = mv.peak_memory()
         row = {
             "step": state["step"],
             "epoch": round(samples_seen / len(records), 6),
@@ -1317,8 +1316,7 @@ def main():
             "reward_seconds": round(reward_seconds, 4),
             "rollout_tokens_per_second": round(counts["completion_tokens"] / (rollout_seconds or math.inf), 1),
             "update_tokens_per_second": round(counts["update_tokens"] / update_seconds, 1),
-            "max_memory_gb": allocated,
-            "max_memory_reserved_gb": reserved,
+            **mv.peak_memory(),
         }
         if bad or overflow:
             row["not_finite"] = "loss" if not loss_finite else "gradient"

@@ -255,7 +255,6 @@ def main():
 
         # ---- log
         seconds = time.perf_counter() - started
-        allocated, reserved = mv.peak_memory()
         row = {
             "step": state["step"],
             "epoch": round(samples_seen / len(records), 6),
@@ -266,8 +265,7 @@ def main():
             "records_crc32": zlib.crc32(json.dumps(window).encode()),
             "step_seconds": round(seconds, 4),
             "data_wait_seconds": round(data_wait, 4),
-            "max_memory_gb": allocated,
-            "max_memory_reserved_gb": reserved,
+            **mv.peak_memory(),
         }
         if bad or overflow:
             row["not_finite"] = "loss" if not loss_finite else "gradient"

@@ -1180,7 +1180,7 @@ def same(completions, **kwargs):
     return [0.5] * len(completions)
 """
 TIMES = {"step_seconds", "data_wait_seconds", "rollout_seconds", "reward_seconds", "rollout_tokens_per_second",
-         "update_tokens_per_second", "max_memory_gb", "max_memory_reserved_gb"}  # fmt: skip
+         "update_tokens_per_second", "max_memory_gb"}  # fmt: skip
 
 
 def steady(folder):

@@ -474,7 +474,8 @@ def step(model, args):
     ids = torch.tensor([[5, 349, 70, 350, 348, 9, 33]])
     model.train().set_attn_implementation("sdpa")
     for _ in range(2):
-        predicted = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            predicted = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         torch.nn.functional.cross_entropy(predicted, ids[0, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()

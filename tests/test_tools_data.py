@@ -154,7 +154,7 @@ SETTINGS = {
 def test_tokens_are_those_of_the_encoder(tiny_model, folder, records, tmp_path, name, decode):
     """Counted from containers or decoded, each sample's tokens are what mv.Encoder makes, sample by sample."""
     small = {"video_min_pixels": 784, "video_max_pixels": 20000, "image_min_pixels": 784}
-    args = mv.TrainingArguments(model_id=tiny_model, **{**small, **SETTINGS[name]})
+    args = train_sft.SFTArguments(model_id=tiny_model, **{**small, **SETTINGS[name]})
     found, encoder = look(args, records, folder, decode)
     encoder.cache = mv.VideoCache(str(tmp_path), ctypes.c_double(1e9))
     for number, raw in enumerate(records):
@@ -329,7 +329,7 @@ def test_everything_wrong_is_found(demo, folder, records, tmp_path, monkeypatch,
 )  # fmt: skip
 def test_what_would_fail_follows_the_policies(tiny_model, folder, changed, problems):
     """The same faults end a run or not, as --on_bad_video, --max_bad_ratio, --on_long_sample and the budget say."""
-    args = mv.TrainingArguments(model_id=tiny_model, data_path="data.json", nframes=2, video_resized_width=28,
+    args = train_sft.SFTArguments(model_id=tiny_model, data_path="data.json", nframes=2, video_resized_width=28,
                                 video_resized_height=28, **changed)  # fmt: skip
     raw = [record("a", video=["good.mp4"] * 2), record("b", video="gone.mp4")]
     found, encoder = look(args, raw, folder)
@@ -343,7 +343,7 @@ def test_budgets_and_cache(tiny_model, folder):
     """What budgets would do; the cache holds each (file, frames, size) once, whatever the name of the file."""
     (folder / "link.mp4").unlink(missing_ok=True)
     (folder / "link.mp4").symlink_to(folder / "good.mp4")
-    args = mv.TrainingArguments(model_id=tiny_model, nframes=4, video_resized_width=112, video_resized_height=56)
+    args = train_sft.SFTArguments(model_id=tiny_model, nframes=4, video_resized_width=112, video_resized_height=56)
     raw = [
         record("a", video=["good.mp4", "link.mp4", {"video": "good.mp4", "nframes": 2}]),
         record("b", video="good.mp4"),
@@ -474,7 +474,7 @@ STEPS = {  # flags, and rows of a step
 def test_predicted_memory_is_what_a_step_allocates(small_model, name):
     """The most bytes of tensors alive in a real second step (Adam's state is there) are predicted within 5 %."""
     changed, rows = STEPS[name]
-    args = mv.TrainingArguments(model_id=small_model, gradient_accumulation_steps=rows, **changed)
+    args = train_sft.SFTArguments(model_id=small_model, gradient_accumulation_steps=rows, **changed)
     model = mv.load_model(args, "cpu").train()
     encoder, optimizer = mv.Encoder(small_model, args), mv.make_optimizer(model, args, "cuda")  # its steps: here
     grid = np.array([[2, 8, 8]] * 6)
@@ -562,13 +562,13 @@ def seven_b(tmp_path_factory):
 def test_weights_of_7b(seven_b):
     """8,292,166,656 parameters, as the hub says (16,584,333,312 bytes in bf16); 16 bytes each when all are trained."""
     alone = gpu_memory.read_launcher(None, None)
-    model = gpu_memory.MemoryModel(mv.TrainingArguments(model_id=seven_b, bf16=True), alone)
+    model = gpu_memory.MemoryModel(train_sft.SFTArguments(model_id=seven_b, bf16=True), alone)
     assert (model.trained, model.frozen) == (8292166656, 0)
     states = model.states()
     assert states["weights"] + states["gradients"] + states["optimizer"] == 16 * 8292166656
-    pure = gpu_memory.MemoryModel(mv.TrainingArguments(model_id=seven_b, pure_bf16=True), alone).states()
+    pure = gpu_memory.MemoryModel(train_sft.SFTArguments(model_id=seven_b, pure_bf16=True), alone).states()
     assert pure["weights"] + pure["gradients"] + pure["optimizer"] == 8 * 8292166656
-    qlora = mv.TrainingArguments(model_id=seven_b, **LORA, **FROZEN, bits=4)
+    qlora = train_sft.SFTArguments(model_id=seven_b, **LORA, **FROZEN, bits=4)
     model = gpu_memory.MemoryModel(qlora, alone)
     layers = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 3584 * 18944)
     adapters = 28 * 16 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
@@ -578,7 +578,7 @@ def test_weights_of_7b(seven_b):
 
 def test_launchers(seven_b):
     """Each of accelerate_configs/ is understood; what it splits is held in shares, what it offloads is not held."""
-    args = mv.TrainingArguments(model_id=seven_b, bf16=True)
+    args = train_sft.SFTArguments(model_id=seven_b, bf16=True)
     weights, totals = 8292166656, {}
     for path in (ROOT / "accelerate_configs").glob("*.yaml"):
         launch = gpu_memory.read_launcher(path, None)
@@ -606,7 +606,7 @@ def test_unpatchify_undoes_patchify(grid):
 
 def test_clips_are_those_of_the_sample(tiny_model, folder, records):
     """Frames out of the patches are load_clip's, bit for bit; times by hand; positions are the model's."""
-    args = mv.TrainingArguments(model_id=tiny_model, fps=2, video_min_pixels=3136, image_min_pixels=784)
+    args = train_sft.SFTArguments(model_id=tiny_model, fps=2, video_min_pixels=3136, image_min_pixels=784)
     encoder = mv.Encoder(tiny_model, args)
     for raw in records:
         row = train_sft.normalize_record(raw, "x")
@@ -627,7 +627,7 @@ def test_clips_are_those_of_the_sample(tiny_model, folder, records):
 
 def test_marked_text_is_what_is_learned(tiny_model, folder, records):
     """The pieces are the decoded input_ids in order; those that are marked are the answers with their ends."""
-    args = mv.TrainingArguments(model_id=tiny_model, nframes=4, video_resized_width=28, video_resized_height=56)
+    args = train_sft.SFTArguments(model_id=tiny_model, nframes=4, video_resized_width=28, video_resized_height=56)
     encoder = mv.Encoder(tiny_model, args)
     for raw in records:
         row = train_sft.normalize_record(raw, "x")
@@ -661,7 +661,7 @@ def sheet_of(raw, folder, args, encoder, shown=24, change=None):
 
 def test_sheet(tiny_model, folder, records):
     """The pixels drawn are those of the arrays; learned text is green; long clips, long texts and odd letters fit."""
-    args = mv.TrainingArguments(model_id=tiny_model, data_path="data.json", nframes=4, video_resized_width=112,
+    args = train_sft.SFTArguments(model_id=tiny_model, data_path="data.json", nframes=4, video_resized_width=112,
                                 video_resized_height=112)  # fmt: skip
     encoder = mv.Encoder(tiny_model, args)
     raw = record("six", video=["good.mp4", "tall.mp4"] * 3)
@@ -698,7 +698,7 @@ def test_sheet(tiny_model, folder, records):
 )
 def test_sheet_names_answers_and_what_is_expected(tiny_model, folder, monkeypatch, objective, raw, names):
     """The two answers of DPO by their names; a label, target or reference below what the model reads."""
-    args = mv.TrainingArguments(model_id=tiny_model, data_path="data.json", nframes=2)
+    args = train_sft.SFTArguments(model_id=tiny_model, data_path="data.json", nframes=2)
     args.problem_type = "regression" if isinstance(raw.get("label"), list) else "single_label_classification"
     args.default_prompt = args.labels = None
     encoder = mv.Encoder(tiny_model, args)
