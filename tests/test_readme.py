@@ -338,8 +338,9 @@ def test_sizes(tmp_path, monkeypatch):
 
 def test_metrics_are_explained():
     source = "".join((ROOT / f"train_{name}.py").read_text() for name in NORMALIZE)
-    counted = "".join(re.findall(r"(?:counts|row) = \{\n(.*?)\n +\}", source, re.S)) + inspect.getsource(mv.peak_memory)
-    source += inspect.getsource(mv.peak_memory)
+    memory = inspect.getsource(mv.peak_memory)
+    counted = "".join(re.findall(r"(?:counts|row) = \{\n(.*?)\n +\}", source, re.S)) + memory
+    source += memory
     table = (ROOT / "docs" / "metrics.md").read_text()
     names = ["reward", "rewards/NAME", "completions/mean_length", "eval_reward", "eval_loss", "not_finite",
              *train_dpo.METRICS, *re.findall(r'"(completions/\w+)":', source),
