@@ -48,11 +48,11 @@ LARGE = 1 << 26  # elements: larger tensors have no shadow
 
 
 def where():
-    """The innermost line that is being run outside torch, and of the project above it."""
+    """The innermost line that is being run outside torch, and of the project above it, if this thread has one."""
     frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
     own = [f for f in frames if "site-packages" not in f.filename]
-    places = dict.fromkeys(f"{os.path.basename(f.filename)}:{f.lineno}" for f in (frames[-1], own[-1]))
-    return f"{' < '.join(places)}  {(frames[-1].line or '')[:70]}"
+    places = dict.fromkeys(f"{os.path.basename(f.filename)}:{f.lineno}" for f in frames[-1:] + own[-1:])
+    return f"{' < '.join(places)}  {(frames[-1].line or '')[:70] if frames else ''}"
 
 
 def move(module, function, recurse=True):

@@ -128,9 +128,10 @@ def measure(folder):
 
     def few(scale, ways):
         cells = [cell for cell in every(scale, ways) if cell["pixels"] == 56 and cell.get("checkpointing", True)]
-        lora = [cell for cell in cells if cell.get("objective") in ("sft", "grpo") and cell["parameters"] == "lora"]
+        kinds = [("sft", "all"), ("grpo", "lora")]
+        steps = [cell for cell in cells if (cell.get("objective"), cell.get("parameters")) in kinds]
         parts = [cell for cell in cells if cell["part"] != "training" and cell.get("way", "ours") == "ours"]
-        return lora + parts
+        return steps + parts
 
     sys.argv = ["benchmark_gpu.py", "--device", "cuda", "--model", "tiny", "--random_weights", "--minutes", "100",
                 "--output_dir", folder]  # fmt: skip
@@ -159,6 +160,7 @@ def answer(pipe, name):
 
 def main(out, *runs):
     context, results = multiprocessing.get_context("fork"), {}
+    build_processor("qwen2_5_vl")  # what it and the models import is then there for every run
     for name in runs:  # a process for each: accelerate and torch remember devices; forked, since imports take seconds
         ours, theirs = context.Pipe()
         process = context.Process(target=answer, args=(theirs, name))

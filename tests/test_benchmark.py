@@ -191,6 +191,9 @@ def test_cells_that_are_not_measured(bench, monkeypatch):
     bench.options.minutes = 0
     bench.run(late := dict(bench.cells[0]))
     assert late["status"] == "not reached"
+    run = {"where": {"device": "CPU"}, "checks": {}, "cells": [*cells, late], "seconds": 1.0, "skipped": []}
+    lines = benchmark_gpu.table("tiny", run)
+    assert "- no time was left for 2 of 5: training sft lora" in lines and benchmark_gpu.UTILISATION in lines
 
 
 HANGS = """

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-OBJECTIVES = ["sft", "dpo", "cls", "grpo", "sft+lora"]
+OBJECTIVES = ["sft", "dpo+lora", "cls", "grpo"]
 WAITS = 7  # of the host for the device in a step of SFT with two rows
 
 
@@ -69,8 +69,7 @@ def test_host_waits(runs):
 def test_benchmark_runs_to_its_end(runs):
     """Every check and every part of tools/benchmark_gpu.py comes to its end where kernels have no numbers."""
     results = runs["benchmark"]
-    ours = [cell for cell in results["cells"] if cell.get("way") != "usual"]
-    assert {cell["status"] for cell in ours} == {"measured"}, ours
+    assert {cell["status"] for cell in results["cells"]} == {"measured"}, results["cells"]
     assert {cell["part"] for cell in results["cells"]} == {
         "training", "packing", "rollouts", "optimizer", "tower", "attention", "decoding",
     }  # fmt: skip

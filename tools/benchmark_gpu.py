@@ -82,6 +82,11 @@ OPTIONAL = {  # what is done without each
 QUESTION = "Which of these clips shows the fastest movement, and what are the colours of the others?"
 ANSWER = "The eleventh clip moves fastest; the first ten are grey, and the ones after it change from red to blue."
 REJECTED = "None of them moves at all: they are photographs, each of them grey, and I would not call them clips."
+UTILISATION = (
+    "FLOP utilisation = model FLOPs / (seconds × dense bf16 peak). Model FLOPs: per matrix of N weights that T tokens "
+    "meet 2·N·T forward, 2·N·T where the gradient goes on, 2·N·T where it is trained; attention 4·H·D per pair of "
+    "query and visible key, 8·H·D more backward. Padding, repeated prompts and recomputation do not count."
+)
 FRAMES, SECONDS_PER_GRID = 4, 1.5  # of each video: 4 frames of 3 s
 
 TOWER = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
@@ -900,8 +905,7 @@ class Bench:
         self.attention_of("ours")
         small, large = (self.data("sft", size) for size in (cell["pixels"], max(self.scale.rows)))
         rows = {
-            f"{n} samples": (small, (small.samples * 16)[:n])
-            for n in ((1, 4, 8, 16) if self.scale is REAL else (1, 2))
+            f"{n} samples": (small, (small.samples * 16)[:n]) for n in ((1, 4, 8, 16) if self.scale is REAL else (2,))
         }
         longest = len(large.samples[0]["input_ids"])
         count = max(1, round(16_000 / longest)) if self.scale is REAL else 2
@@ -944,7 +948,7 @@ class Bench:
         engine = SimpleNamespace(raw_model=self.model, autocast=contextlib.nullcontext,
                                  accelerator=SimpleNamespace(device=self.device))  # fmt: skip
         result = {}
-        for prompts in (1, 8):
+        for prompts in (1, 8) if self.scale is REAL else (2,):
             draws = [np.random.default_rng(i).random((G, length)) for i in range(prompts)]
 
             def complete(prompts=prompts, draws=draws):
@@ -958,7 +962,7 @@ class Bench:
     def optimizer(self, cell: dict) -> dict:
         """One step of AdamW alone, on 1,000 million weights in fp32: foreach, fused, 8-bit."""
         self.drop()
-        size = 10**7 if self.scale is REAL else 1000
+        count, size = (100, 10**7) if self.scale is REAL else (4, 1000)
         ways = {name: functools.partial(torch.optim.AdamW, **{name: True}) for name in ("foreach", "fused")}
         if self.cuda and importlib.util.find_spec("bitsandbytes"):
             import bitsandbytes
@@ -966,7 +970,7 @@ class Bench:
             ways["8-bit"] = bitsandbytes.optim.AdamW8bit
         result = {}
         for name, kind in ways.items():
-            weights = [torch.nn.Parameter(torch.zeros(size, device=self.device)) for _ in range(100)]
+            weights = [torch.nn.Parameter(torch.zeros(size, device=self.device)) for _ in range(count)]
             for weight in weights:
                 weight.grad = torch.ones_like(weight)
             optimizer = kind(weights)
@@ -1134,21 +1138,28 @@ def table(name: str, run: dict) -> list[str]:
         recipe = next((f": {cell['recipe']}" for cell in cells.values() if "recipe" in cell), "")
         lines.append(f"| {objective}, {pixels} px, {parameters}{recipe} | {'no' if kept else 'yes'} | {samples} | "
                      f"{' | '.join(measured(cells[way]) for way in ways)} | {ratio} |")  # fmt: skip
-    lines += ["", "| part | | s |", "|---|---|---|"]
+    lines += ["", "| part | | s | FLOP utilisation |", "|---|---|---|---|"]
     for cell in run["cells"]:
         if cell["part"] == "training":
             continue
         title = f"{cell['part']}, {cell['pixels']} px"
         if cell["status"] != "measured":
-            lines.append(f"| {title} | {cell.get('way', '')} | {cell['status']} |")
+            lines.append(f"| {title} | {cell.get('way', '')} | {cell['status']} | |")
         elif cell["part"] == "decoding":
             first = f", first call {cell['first_call_seconds']:.1f} s" if "first_call_seconds" in cell else ""
             lines.append(f"| {title} | {cell['way']} | {median(cell['seconds'])} for {cell['tokens']} tokens: "
-                         f"{cell['tokens_per_second']:.1f} tokens/s{first} |")  # fmt: skip
+                         f"{cell['tokens_per_second']:.1f} tokens/s{first} | |")  # fmt: skip
         else:
-            lines += [f"| {title} | {way} | {median(times)} |" for way, times in cell["seconds"].items()]
+            used = {way: format(value, ".1%") for way, value in cell.get("mfu", {}).items()}
+            lines += [f"| {title} | {way} | {median(times)} | {used.get(way, '')} |"
+                      for way, times in cell["seconds"].items()]  # fmt: skip
     versions = ", ".join(f"{key} {value}" for key, value in where.items() if key != "device" and value)
-    lines += ["", f"Medians; {run['seconds']:.0f} s in all; {versions}.", ""]
+    lines += ["", f"Medians; {run['seconds']:.0f} s in all; {versions}.", "", UTILISATION, ""]
+    missing = [cell for cell in run["cells"] if cell["status"].startswith("not reached")]
+    if missing:
+        names = dict.fromkeys(" ".join(str(cell[key]) for key in ("part", "objective", "parameters") if key in cell)
+                              for cell in missing)  # fmt: skip
+        lines.append(f"- no time was left for {len(missing)} of {len(run['cells'])}: {', '.join(names)}")
     lines += [f"- {note}" for note in run["skipped"]]
     return lines
 
