@@ -176,8 +176,10 @@ class TrainingArguments:
     double_quant: bool = arg(True, "Quantise the scales of --bits 4 as well.")
 
     # data
-    data_path: str | None = arg(None, "Training records: a .json, .jsonl or .parquet file, or a datasets name/folder.")
-    eval_path: str | None = arg(None, "Held-out records, same formats; without it there is no evaluation.")
+    data_path: str | None = arg(
+        None, "Training records: .json, .jsonl or .parquet files, or datasets names/folders (:split).", nargs="+"
+    )
+    eval_path: str | None = arg(None, "Held-out records, same formats; without it there is no evaluation.", nargs="+")
     image_folder: str | None = arg(
         None,
         "Folder that relative video and image paths start from (default: the data file's).",
@@ -491,6 +493,9 @@ def parse_arguments(
     (args,) = parser.parse_args_into_dataclasses(args=good, look_for_args_file=False)
     given = {group[0].split("=")[0].lstrip("-").replace("-", "_") for group in groups}
     args.given = frozenset(given)
+    for flag in ("data_path", "eval_path"):
+        if isinstance(several := getattr(args, flag), list):
+            setattr(args, flag, BETWEEN_SOURCES.join(several))
     idle = tuple(f"--{flag} " for flag in unchecked)
     found = check_arguments(args, given) + args.check(given)
     problems += [problem for problem in found if not problem.startswith(idle)]
@@ -533,13 +538,20 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         )
     complain(args.data_path is None and "data_path" not in given,
              "--data_path is missing: the file with the training records")  # fmt: skip
-    for flag in ("data_path", "eval_path"):
-        path = Path(getattr(args, flag) or ".")
-        if not path.exists() and (folder := Path(str(path).rsplit(":", 1)[0])).is_dir():
-            path = folder  # :split follows
-        complain(looks_local(path) and not path.exists(), f"--{flag} {path}: no such file")
-        complain(path.is_file() and path.suffix.lower() not in ("", *DATA_SUFFIXES),
-                 f"--{flag} {path}: expected a file whose name ends in {', '.join(DATA_SUFFIXES)}")  # fmt: skip
+    for flag, folder_flag in (("data_path", "image_folder"), ("eval_path", "eval_image_folder")):
+        sources = data_sources(getattr(args, flag) or ".")
+        for path in map(Path, sources):
+            if not path.exists() and (folder := Path(str(path).rsplit(":", 1)[0])).is_dir():
+                path = folder  # :split follows
+            complain(looks_local(path) and not path.exists(), f"--{flag} {path}: no such file")
+            complain(path.is_file() and path.suffix.lower() not in ("", *DATA_SUFFIXES),
+                     f"--{flag} {path}: expected a file whose name ends in {', '.join(DATA_SUFFIXES)}")  # fmt: skip
+        complain(len(set(sources)) < len(sources),
+                 f"--{flag} names {max(sources, key=sources.count)} twice: name it once")  # fmt: skip
+        folders = sorted({str(Path(source).parent) for source in sources if Path(source).is_file()})
+        complain(len(folders) > 1 and not args.image_folder and not getattr(args, folder_flag),
+                 f"--{flag} has files of the folders {', '.join(folders)}: say with --{folder_flag} where relative "
+                 "paths start from")  # fmt: skip
     for flag in ("image_folder", "eval_image_folder"):
         path = getattr(args, flag)
         complain(path and not Path(path).is_dir(), f"--{flag} {path}: no such folder")
@@ -1303,11 +1315,29 @@ def plain_text(parts: list[dict], tags: bool = False) -> list[dict]:
             for part in parts]  # fmt: skip
 
 
+BETWEEN_SOURCES = " + "  # of several files or data sets in one data_path or eval_path
+
+
+def data_sources(source: str) -> list[str]:
+    """The files, folders and hub names in a data_path or eval_path."""
+    return [source] if Path(source).exists() else source.split(BETWEEN_SOURCES)
+
+
+def data_folder(source: str) -> str:
+    """Where relative paths start from by default: the folder of the data file; a hub name has none."""
+    first = Path(data_sources(source)[0])
+    return str(first.parent) if first.exists() else "."
+
+
 def read_records(source: str):
-    """Yield `(where, record)` one at a time from JSON, JSONL, Parquet, a dataset folder or a hub dataset.
+    """Yield `(where, record)` one at a time from JSON, JSONL, Parquet, a dataset folder or a hub dataset, or several.
 
     A record that cannot be parsed is yielded as a ValueError in its place.
     """
+    if len(sources := data_sources(source)) > 1:
+        for one in sources:
+            yield from ((f"{Path(one).name} {where}", record) for where, record in read_records(one))
+        return
     path = Path(source)
     if path.suffix.lower() in (".json", ".jsonl") or (path.suffix == "" and path.is_file()):
         with open(path, "rb") as file:
@@ -1486,8 +1516,12 @@ def _open_table(source):
     return table
 
 
-def load_records(source: str, normalize=normalize_conversation, schema: pa.Schema = CONVERSATION) -> "Dataset":
+def load_records(
+    source: str, normalize=normalize_conversation, schema: pa.Schema = CONVERSATION, name: str = ""
+) -> "Dataset":
     """All records in one fixed schema, memory-mapped: converted once, found again by the file's identity.
+
+    Of several sources, `info.description` has the number of records of each; `name` is then before each place.
 
     Raises:
         ValueError: counts all bad records and lists the first different problems, each with its first places; says
@@ -1495,9 +1529,16 @@ def load_records(source: str, normalize=normalize_conversation, schema: pa.Schem
     """
     import datasets
 
+    if len(sources := data_sources(source)) > 1:
+        tables = [load_records(one, normalize, schema, f"{Path(one).name} ") for one in sources]
+        table = datasets.concatenate_datasets(tables)
+        table.info.description = ", ".join(f"{len(t):,} of {Path(one).name}" for t, one in zip(tables, sources))
+        return table
+
     def rows(source, identity, normalize):
         count, bad, problems = 0, 0, {}  # problem: [its records, the first places]
         for where, record in read_records(source):
+            where = name + where
             if isinstance(record, dict) and record.get("id") is not None:
                 where = f"{where} (id {record['id']!r})"
             try:
@@ -1535,7 +1576,7 @@ def load_records(source: str, normalize=normalize_conversation, schema: pa.Schem
     function = getattr(normalize, "func", normalize)
     sources = project_sources(__file__, inspect.getsourcefile(function) or "")
     code = [sources, inspect.getsource(function), str(getattr(normalize, "keywords", ""))]
-    key = hashlib.sha256(json.dumps([source, identity, code, str(schema)]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([source, identity, code, str(schema), name]).encode()).hexdigest()[:32]
     try:
         return datasets.Dataset.from_generator(
             rows, features=datasets.Features.from_arrow_schema(schema), fingerprint=key,
@@ -4547,18 +4588,20 @@ def run_identity(args: TrainingArguments, encoder: Encoder, records: "Dataset", 
     """What must be the same when a run is resumed: model, data, seed, batch arithmetic, optimizer and precision."""
     config = {key: value for key, value in encoder.config.to_dict().items() if key != "transformers_version"}
     local = Path(args.model_id).is_dir()
-    if Path(args.data_path).is_file():
-        digest = hashlib.sha256()
-        with open(args.data_path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        data = digest.hexdigest()
-    else:
-        data = _open_table(args.data_path)._fingerprint
+    digests = []
+    for source in data_sources(args.data_path):
+        if Path(source).is_file():
+            digest = hashlib.sha256()
+            with open(source, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            digests.append(digest.hexdigest())
+        else:
+            digests.append(_open_table(source)._fingerprint)
     return {
         "model": str(Path(args.model_id).resolve()) if local else args.model_id,
         "model config (SHA-256)": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        "data file (SHA-256)": data,
+        "data file (SHA-256)": " ".join(digests),
         "records": len(records),
         "samples per step": samples_per_step,
         "position rule": POSITION_RULE,
@@ -4719,7 +4762,8 @@ def describe_run(
     kernels = [part._attn_implementation.removeprefix("flash_packed_")
                for part in (model.config.vision_config, model.config.get_text_config())]  # fmt: skip
     arithmetic = f"{args.per_device_train_batch_size} samples × {rows} rows × {world_size} processes"
-    say(f"""  records    {len(records)}, {per_step} per step = {arithmetic}
+    files = f" ({records.info.description})" if records.info.description else ""  # of several
+    say(f"""  records    {len(records)}{files}, {per_step} per step = {arithmetic}
   steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
   trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}{tokens}
   attention  {kernels[0]} in the tower, {kernels[1]} in the decoder

@@ -859,8 +859,7 @@ def main():
     metrics_path = output_dir / "metrics.jsonl"
 
     # ---- data: everything that can be wrong with it is said before any weight is loaded
-    here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
-    args.image_folder = args.image_folder or str(here)
+    args.image_folder = args.image_folder or mv.data_folder(args.data_path)
     args.eval_image_folder = args.eval_image_folder or args.image_folder
     encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():

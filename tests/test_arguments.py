@@ -344,7 +344,7 @@ def test_empty_values_are_unset_shell_variables(problems):
 
 def test_data_path_is_required_and_missed_once(problems):
     assert problems("--fps", 1, required=False) == ["--data_path is missing: the file with the training records"]
-    assert problems("--data_path", "--fps", 1, required=False) == ["--data_path: expected one argument"]
+    assert problems("--data_path", "--fps", 1, required=False) == ["--data_path: expected at least one argument"]
 
 
 def test_missing_packages_and_devices(problems, monkeypatch):

@@ -1,5 +1,6 @@
 """Fields that change what is learned: each is honoured, or refused by name with what to do; other columns pass."""
 
+import json
 from pathlib import Path
 
 import multivideo as mv
@@ -11,6 +12,7 @@ from PIL import Image
 from qwen_vl_utils import vision_process
 from reference import write_clip
 from test_records import frames, image, llava, messages, text, trl, video
+from test_train import demo, in_process  # noqa: F401
 
 import train_cls
 import train_dpo
@@ -340,3 +342,36 @@ def test_labels_of_other_forms():
     with pytest.raises(ValueError, match=r"such as \['green'\]"):
         names = ["red", "green", "blue"]
         train_cls.normalize_record({"prompt": "?", "label": [0, 1, 0]}, "x", "multi_label_classification", None, names)
+
+
+def test_several_files(tiny_model, demo, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Read one after the other into one schema; the banner counts them; places and messages name the file."""
+    clip = str(next((demo / "videos").rglob("*.mp4")))
+    rows = [llava("<video>\nWhy?", str(i), video=clip) for i in range(5)]
+    (tmp_path / "a.json").write_text(json.dumps(rows[:2]))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[2:]))
+    source = f"{tmp_path / 'a.json'} + {tmp_path / 'b.jsonl'}"
+    records = mv.load_records(source, train_sft.normalize_record)
+    assert [row["messages"][1]["content"][0]["text"] for row in records] == list("01234")
+    places = ["a.json record 0", "a.json record 1", "b.jsonl line 1", "b.jsonl line 2", "b.jsonl line 3"]
+    assert [row["id"] for row in records] == [place for place, _ in mv.read_records(source)] == places
+    files = ["--data_path", tmp_path / "a.json", tmp_path / "b.jsonl"]
+    flags = ["--model_id", tiny_model, "--nframes", 2, "--video_resized_width", 56, "--video_resized_height", 56]
+    in_process(monkeypatch, *flags, *files, "--max_steps", 1, "--output_dir", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "records    5 (2 of a.json, 3 of b.jsonl), 8 per step" in said
+    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text())["samples"] == 5
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "c.json").write_text(json.dumps([{**rows[0], "tools": ["x"]}]))
+    with pytest.raises(SystemExit):
+        in_process(
+            monkeypatch, *flags, *files, tmp_path / "other" / "c.json", tmp_path / "a.json", tmp_path / "no.json"
+        )
+    said = capsys.readouterr().err
+    assert (
+        f"--data_path names {tmp_path / 'a.json'} twice" in said
+        and f"--data_path {tmp_path / 'no.json'}: no such" in said
+    )
+    assert f"files of the folders {tmp_path}, {tmp_path / 'other'}: say with --image_folder where" in said
+    with pytest.raises(ValueError, match="c.json record 0: field 'tools' is not read"):
+        mv.load_records(f"{source} + {tmp_path / 'other' / 'c.json'}", train_sft.normalize_record)

@@ -108,8 +108,7 @@ def main():
         dataloader_num_workers=own.num_workers or len(os.sched_getaffinity(0)),
     )  # fmt: skip
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")
-    folder = args.image_folder or str(here)
+    folder = args.image_folder or mv.data_folder(args.data_path)
     stream = mv.SampleStream(mv.Encoder(args.model_id, args), args)
     complaints, bad, clips, room = [], set(), 0, stream.room.value
     try:

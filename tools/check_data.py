@@ -138,8 +138,7 @@ def read_flags(own: type, argv: list[str] | None = None, used: set[str] = USED):
     for name in ("num_workers", "num_processes", "gpu_memory_gb", "shown_frames"):
         if (value := getattr(own, name, None)) is not None and value <= 0:
             raise mv.InputError(f"--{name} {value}: must be above 0")
-    here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")
-    args.image_folder = args.image_folder or str(here)
+    args.image_folder = args.image_folder or mv.data_folder(args.data_path)
     args.eval_image_folder = args.eval_image_folder or args.image_folder
     return args, own
 

@@ -445,8 +445,7 @@ def main():
     args.output_dir = str(output.parent)  # of bad_videos.jsonl
     args.on_long_sample = "skip"  # each becomes an error of its record
     args.on_bad_video = "drop_sample" if args.on_bad_video == "error" else args.on_bad_video
-    here = Path(args.data_path).parent if Path(args.data_path).exists() else Path(".")  # a hub name has no folder
-    args.image_folder = args.image_folder or str(here)
+    args.image_folder = args.image_folder or mv.data_folder(args.data_path)
     accelerator = mv.make_accelerator(args)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if config and args.blank_each:
