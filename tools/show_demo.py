@@ -17,13 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import multivideo as mv
 
-import matplotlib
 import torch
 import transformers
 from tqdm import tqdm
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def load(model_path: str):
@@ -94,6 +90,11 @@ def text(message: dict) -> str:
 
 def draw_curve(metrics_path: Path, folder: Path) -> Path:
     """Training and evaluation loss, or reward, over the optimizer steps: from metrics.jsonl to a PNG in `folder`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
     name = "reward" if "reward" in rows[0] else "loss"
     train = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
