@@ -1117,7 +1117,7 @@ def test_two_processes_equal_one(train, wide_model, folder, tmp_path, config):
     """Rows of one sample, of text only and none at all on some ranks: losses, metrics and weights of one process."""
     flags = ["--eval_path", folder / f"{SINGLE}.json", "--eval_strategy", "epoch", "--optim", "sgd", "--learning_rate",
              0.1, "--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 2, "--save_strategy", "no",
-             "--max_steps", 5]  # fmt: skip
+             "--max_steps", 3]  # fmt: skip
     one = train(tmp_path / "one", *flags, "--gradient_accumulation_steps", 4)
     done = launch(
         Path(sys.executable).parent / "accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml",

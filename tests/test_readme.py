@@ -172,8 +172,9 @@ def test_with_data_of_ones_own(demo, tmp_path):  # noqa: F811
         block = block.replace(old, new, 1)
     for name in ("tools", "accelerate_configs", "train_sft.py", "multivideo.py"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "data.json").symlink_to(demo / "sft_train.json")
-    (tmp_path / "test.json").write_text(json.dumps(json.loads((demo / "sft_eval.json").read_text())[:3]))
+    for name, source, count in (("data", "sft_train", 2), ("test", "sft_eval", 3)):
+        records = json.loads((demo / f"{source}.json").read_text())[:count]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
     (tmp_path / "videos").symlink_to(demo / "videos")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = subprocess.run(["bash", "-eu", "-c", block], cwd=tmp_path, capture_output=True, text=True,
