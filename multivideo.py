@@ -307,8 +307,8 @@ def flags_between(first: str, last: str) -> set[str]:
 
 # What a record becomes: the flags that tools share with training.
 SAMPLE_FLAGS = {
-    "model_id", "cache_dir", "data_path", "image_folder", "system_prompt", "max_seq_length", "decode_timeout",
-    "video_cache", *flags_between("fps", "max_video_tokens"),
+    "model_id", "cache_dir", "data_path", "image_folder", "system_prompt", "max_seq_length",
+    *flags_between("decode_timeout", "video_cache"), *flags_between("fps", "max_video_tokens"),
 }  # fmt: skip
 # Flags that mean nothing without --lora_enable, and those that an adapter's own config answers.
 ADAPTER_FLAGS = ["use_dora", "lora_rank", "lora_alpha", "lora_dropout", "lora_bias", "lora_namespan_exclude",
@@ -938,25 +938,29 @@ def refuse_fields(fields: dict, refused: dict[str, str]):
             raise ValueError(f"field {key!r} is not read, got {_short(fields[key])}: {fix}")
 
 
-def rename_fields(record: dict) -> dict:
+def rename_fields(record, where: str):
     """A record in the fields of ms-swift, alpaca or Video-R1, with `prompt`, `completion` and `video` or `image`.
 
     ms-swift has `query` and `response`; alpaca `instruction`, `input` and `output`; Video-R1 `problem`, `options`,
     `path`, `data_type`, `process` and `solution`. Other records, and those with turns, are returned as they are.
 
     Raises:
-        ValueError: a field is no text, or two of these forms are mixed.
+        ValueError: names the record; a field is no text, or two of these forms are mixed.
     """
+    if not isinstance(record, dict):
+        return record
     asked = [key for key in ("query", "instruction", "problem") if not absent(record.get(key))]
     if not asked or any(not absent(record.get(key)) for key in ("prompt", "conversations", "messages")):
         return record
     if len(asked) > 1:
-        raise ValueError(f"fields {asked[0]!r} and {asked[1]!r} are both there: keep the one with the question")
+        raise ValueError(
+            f"{where}: fields {asked[0]!r} and {asked[1]!r} are both there: keep the one with the question"
+        )
 
     def take(key):
         value = rest.pop(key, None)
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"field {key!r} must be a text, got {_short(value)}")
+            raise ValueError(f"{where}: field {key!r} must be a text, got {_short(value)}")
         return value or ""
 
     rest = dict(record)
@@ -966,12 +970,19 @@ def rename_fields(record: dict) -> dict:
     elif asked[0] == "instruction":
         prompt, completion = "\n".join(filter(None, [prompt, take("input")])), take("output")
     else:
-        options = rest.pop("options", None) or []
-        prompt = "\n".join([prompt, "Options:", *map(str, options)]) if options else prompt
-        completion = "\n".join(filter(None, [take("process"), rest["solution"]])) if rest.get("solution") else ""
+        options, solution, kind = rest.pop("options", None) or [], rest.get("solution"), rest.get("data_type")
+        if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
+            raise ValueError(f"{where}: field 'options' must be a list of texts, got {_short(options)}")
+        prompt = "\n".join([prompt, "Options:", *options]) if options else prompt
+        process, completion = take("process"), "" if absent(solution) else str(solution)
+        completion = f"{process}\n{completion}" if process and completion else completion
         if path := take("path"):
-            still = path.lower().endswith(STILL_SUFFIXES)
-            rest[rest.get("data_type") or ("image" if still else "video")] = path
+            kind = ("image" if path.lower().endswith(STILL_SUFFIXES) else "video") if absent(kind) else kind
+            if kind not in ("video", "image"):
+                raise ValueError(f"{where}: field 'data_type' must be video or image, got {_short(kind)}")
+            if beside := [key for key in (kind, f"{kind}s") if not absent(rest.get(key))]:
+                raise ValueError(f"{where}: fields 'path' and {beside[0]!r} are both there: keep one of them")
+            rest[kind] = path
     return {**rest, "prompt": prompt, **({"completion": completion} if completion else {})}
 
 
@@ -1083,18 +1094,15 @@ def _media_part(kind, item, shared=None):
     if shared and not isinstance(item, dict):
         item = {"video": item}
     if isinstance(item, dict):
-        given, beside = {}, [("for all the record's videos and for this one", shared), ("twice", item)]
-        for i, (_, fields) in enumerate(beside):
-            for key, value in fields.items():
-                if value is None or key == "type":
-                    continue
-                name = OPTION_ALIASES.get(key, key)
-                if name == "sample_fps" and isinstance(item.get(kind), (list, tuple)):
-                    name = "fps"  # Qwen's name of the rate at which the frames of a list were taken
-                if name in given:
-                    raise ValueError(f"{kind}: option {key!r} is given {beside[given[name][0]][0]}: keep one of them")
-                given[name] = i, value
-        given = {name: value for name, (_, value) in given.items()}
+        names = dict(OPTION_ALIASES)
+        if isinstance(item.get(kind), (list, tuple)):
+            names["sample_fps"] = "fps"  # Qwen's name of the rate at which the frames of a list were taken
+        given = {}
+        for fields, where in ((item, "twice"), (shared, "for all the record's videos and for this one")):
+            for key in (key for key, value in fields.items() if value is not None and key != "type"):
+                if (name := names.get(key, key)) in given:
+                    raise ValueError(f"{kind}: option {key!r} is given {where}: keep one of them")
+                given[name] = fields[key]
         if isinstance(embedded := given.pop("bytes", None), bytes):
             given["path"] = store_embedded(embedded, given.get("path"), kind)
         elif embedded is not None:

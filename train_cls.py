@@ -377,11 +377,8 @@ def normalize_record(
     Raises:
         ValueError: names the record, what was found, what was expected and the mend.
     """
+    record = mv.rename_fields(record, where)
     if isinstance(record, dict):
-        try:
-            record = mv.rename_fields(record)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
         mv.check_fields(record, ("prompt", "conversations", "messages"), ("label", "labels"), where=where)
         turns = [record.get(key) for key in ("prompt", "conversations", "messages")]
         if sum(bool(value) for value in turns) > 1:

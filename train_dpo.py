@@ -212,8 +212,9 @@ def normalize_record(record: dict, where: str) -> dict:
     """
     if not isinstance(record, dict):
         return mv.normalize_conversation(record, where)  # which refuses it
+    record = mv.rename_fields(record, where)
     try:
-        record = _with_rejected_response(mv.rename_fields(record))
+        record = _with_rejected_response(record)
         mv.check_fields(record, ("chosen",), ("rejected",))
         answers = [_answer(record, name) for name in ("chosen", "rejected")]
         prompts = [name for name in ("prompt", "messages", "conversations") if record.get(name) is not None]

@@ -233,10 +233,7 @@ def normalize_record(record: dict, where: str) -> dict:
     Raises:
         ValueError: names the record, the field, what was found, what was expected and the mend.
     """
-    try:
-        record = mv.rename_fields(record) if isinstance(record, dict) else record
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    record = mv.rename_fields(record, where)
     fields = record if isinstance(record, dict) else {}
     columns = {key: value for key, value in fields.items() if key not in READ}
     prompt, reference, left_out = fields.get("prompt"), reference_beside(fields, where), []

@@ -59,12 +59,7 @@ def normalize_record(record: dict, where: str, train_on: str = "all") -> dict:
     Raises:
         ValueError: names the record, the field, what was found, what was expected and how to fix it.
     """
-    if isinstance(record, dict):
-        try:
-            record = as_conversation(mv.rename_fields(record))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    row = mv.normalize_conversation(record, where)
+    row = mv.normalize_conversation(as_conversation(mv.rename_fields(record, where), where), where)
     answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
     if not answers:
         raise ValueError(f"{where}: no assistant ('gpt') turn, so there is nothing to learn; add the answer")
@@ -79,14 +74,16 @@ def normalize_record(record: dict, where: str, train_on: str = "all") -> dict:
     return row
 
 
-def as_conversation(record: dict) -> dict:
+def as_conversation(record, where: str):
     """`prompt` and `completion` as `messages`, of which the completion is learned; other records as they are."""
-    if mv.absent(record.get("completion")):
+    if not isinstance(record, dict) or mv.absent(record.get("completion")):
         return record
     if both := [key for key in ("conversations", "messages") if not mv.absent(record.get(key))]:
-        raise ValueError(f"fields 'completion' and {both[0]!r} are both there: keep one of them")
+        raise ValueError(f"{where}: fields 'completion' and {both[0]!r} are both there: keep one of them")
     if mv.absent(record.get("prompt")):
-        raise ValueError("field 'completion' without 'prompt': give the question, or write both as 'messages'")
+        raise ValueError(
+            f"{where}: field 'completion' without 'prompt': give the question, or write both as 'messages'"
+        )
     turns = mv.prompt_turns(record["prompt"])
     prompt = [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in turns]
     rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}

@@ -260,6 +260,18 @@ def test_parts_of_other_forms():
         ("assistant", [text("<think>Wet.</think>\n<answer>A</answer>")]),
     )
     assert train_grpo.normalize_record(choice, "x")["reference"] == "<answer>A</answer>"
+    number = {**VIDEO_R1, "solution": 4}
+    assert train_sft.normalize_record(number, "x")["messages"][1]["content"] == [text("4")]
+    assert train_grpo.normalize_record(number, "x")["reference"] == "4"
+    for change, message in (
+        ({"options": "A. rain"}, "field 'options' must be a list of texts, got str 'A. rain'"),
+        ({"data_type": "audio"}, "field 'data_type' must be video or image, got str 'audio'"),
+        ({"data_type": ["video"]}, "field 'data_type' must be video or image, got list"),
+        ({"videos": ["b.mp4"]}, "fields 'path' and 'videos' are both there"),
+    ):
+        for module in (train_sft, train_grpo):
+            with pytest.raises(ValueError, match=f"^x: {message}"):
+                module.normalize_record({**VIDEO_R1, **change}, "x")
 
 
 def test_rejected_response():

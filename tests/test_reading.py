@@ -467,8 +467,6 @@ def test_file_addresses(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- 4. readers
 
-needs_decord2 = pytest.mark.skipif(not mv._has_decord2(), reason="the package decord2 is not installed")
-
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, timed):
@@ -503,7 +501,6 @@ LEFT_TO_PYAV = {"open-gop.mp4", "open-gop.mkv", "interlaced.mp4", "intra-refresh
                 "transport.ts", "mpeg4.mp4", "h264.avi", "palette.gif", "narrow-16.mp4", "turned-1.mp4"}  # fmt: skip
 
 
-@needs_decord2
 def test_decord_gives_the_same_frames(corpus):
     """Every frame of every file, each alone, some and all together; and times are ours whichever reads it."""
     read = {}
@@ -525,7 +522,6 @@ def test_decord_gives_the_same_frames(corpus):
     assert read["decord"] >= READ_BY_DECORD and read["pyav"] >= LEFT_TO_PYAV, read
 
 
-@needs_decord2
 def test_decord_in_a_run(corpus, tiny_model, tmp_path, monkeypatch, capsys):
     """In workers and through the cache: the same samples; what PyAV read is counted once, and its frames shared."""
     by_name = {path.name: str(path) for path in corpus}

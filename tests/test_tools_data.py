@@ -193,6 +193,7 @@ def test_help_shows_the_flags_that_a_tool_uses(tool, monkeypatch, capsys):
         shown = capsys.readouterr().out
         flags = set(re.findall(r"^  --(\w+)", shown, re.M))
         assert exit.value.code == 0 and {"model_id", "fps", "video_resized_width", "system_prompt"} <= flags
+        assert "video_reader" in flags
         assert not {"learning_rate", "warmup_ratio", "save_steps", "resume_from_checkpoint", "loss_type"} & flags
         assert ("labels" in flags) == bool(more) and "they change nothing here" in shown
 

@@ -148,13 +148,9 @@ def normalize_record(record: dict, where: str) -> dict:
     train_grpo.REFERENCES; of a record with `prompt`, and of other projects' forms, they are those of
     train_grpo.normalize_record.
     """
-    if isinstance(record, dict):
-        try:
-            record = mv.rename_fields(record)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        if record.get("prompt") is not None:
-            return train_grpo.normalize_record(record, where)
+    record = mv.rename_fields(record, where)
+    if isinstance(record, dict) and record.get("prompt") is not None:
+        return train_grpo.normalize_record(record, where)
     row = mv.normalize_conversation(record, where)
     *before, last = row["messages"]
     reference = train_grpo.reference_beside(record, where)
