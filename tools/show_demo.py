@@ -196,7 +196,7 @@ Next, your own data: write records like {demo}/{records} and run
       --model_id Qwen/Qwen2.5-VL-3B-Instruct --data_path data.json --image_folder videos/ --bf16 True \\
       --lora_enable True --freeze_llm True --freeze_vision_tower True --freeze_merger True \\
       --lora_namespan_exclude "['lm_head', 'embed_tokens']" --gradient_checkpointing True \\
-      --per_device_train_batch_size 1 --gradient_accumulation_steps 8 {own} \\
+      --per_device_train_batch_size 8 {own} \\
       --video_resized_width 64 --video_resized_height 64 --fps 0.25 --output_dir out""")
 
 
