@@ -95,10 +95,19 @@ FRAME_FACTOR = 2  # frames merged into one temporal patch: frame counts are mult
 MAX_FRAMES = 768
 MAX_ASPECT_RATIO = 200
 IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS = 4, 16384  # bounds of smart_resize when nothing else is asked
-VIDEO_MAX_TOKENS_PER_FRAME = 768
-VIDEO_TOTAL_TOKENS = 128000 * 0.9  # one video never exceeds this many pixels / 28²
+VIDEO_MIN_TOKENS_PER_FRAME, VIDEO_MAX_TOKENS_PER_FRAME = 128, 768
+VIDEO_TOTAL_TOKENS = 128000 * 0.9  # one video never exceeds this many pixels / factor² (28² or 32² pixels per token)
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+# Model families, and the one thing about each that neither its config nor its processor says: how the model learns
+# when the frames of a video are. Not at all (None), from temporal positions that follow the video's rate, or from text
+# before each pair of frames: "<0.3 seconds>".
+FAMILIES = {"qwen2_vl": None, "qwen2_5_vl": "positions", "qwen3_vl": "text", "qwen3_5": "text"}
+NEEDED_TRANSFORMERS = {"qwen3_5": "5.24"}  # whose recurrent layers take the states that they start from
+UNSUPPORTED_FAMILIES = {
+    "_moe": "mixture-of-experts models are not supported: take a dense model of the same family",
+    "_omni": "models that hear and speak are not supported: take Qwen3-VL or Qwen3.5",
+    "qwen4_exp": "its layers are not supported: take Qwen3.5 or Qwen3-VL",
+}
 
 
 # Tokens that each family's authors added to the vocabulary: an added token that is not among them is the user's.
@@ -111,6 +120,12 @@ FAMILY_TOKENS = {
     "qwen2_vl": QWEN2_VL_TOKENS,
     "qwen2_5_vl": QWEN2_VL_TOKENS | {"<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
                                      "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"},
+}  # fmt: skip
+THINKING_TOKENS = {"<tool_response>", "</tool_response>", "<think>", "</think>"}
+FAMILY_TOKENS["qwen3_vl"] = FAMILY_TOKENS["qwen2_5_vl"] | THINKING_TOKENS
+FAMILY_TOKENS["qwen3_5"] = FAMILY_TOKENS["qwen3_vl"] | {
+    "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>", "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>",
+    "<tts_text_bos_single>",
 }  # fmt: skip
 
 
@@ -188,6 +203,11 @@ class TrainingArguments:
     )
     eval_image_folder: str | None = arg(None, "The same for --eval_path (default: --image_folder).")
     system_prompt: str | None = arg(None, "System message of records without one (default: the chat template's).")
+    chat_template_kwargs: str | None = arg(
+        None,
+        "Options of the chat template, a JSON object such as '{\"enable_thinking\": false}'; a record's field of this "
+        "name overrides it.",
+    )
     max_seq_length: int = arg(32768, "Longest sample in tokens, visual tokens included; nothing is ever cut.")
     on_long_sample: str = arg(
         "error",
@@ -223,16 +243,24 @@ class TrainingArguments:
     nframes: int | None = arg(None, "Frames taken per video, instead of --fps; shorter videos give all they have.")
     min_frames: int = arg(4, "Fewest frames per video under --fps (a multiple of 2); 4 is the reference.")
     max_frames: int = arg(MAX_FRAMES, "Most frames per video under --fps.")
-    image_min_pixels: int = arg(3136, "Images with fewer pixels are scaled up to it.")
-    image_max_pixels: int = arg(12845056, "Images with more pixels are scaled down to it.")
-    video_min_pixels: int = arg(100352, "Video frames with fewer pixels are scaled up to it.")
-    video_max_pixels: int = arg(602112, "Video frames with more pixels are scaled down to it.")
-    image_resized_width: int | None = arg(None, "Width of every image, rounded to a multiple of 28.")
-    image_resized_height: int | None = arg(None, "Height of every image, rounded to a multiple of 28.")
-    video_resized_width: int | None = arg(None, "Width of every video frame, rounded to a multiple of 28.")
-    video_resized_height: int | None = arg(None, "Height of every video frame, rounded to a multiple of 28.")
+    image_min_pixels: int | None = arg(None, "Images with fewer pixels are scaled up to it (default: 4 tokens).")
+    image_max_pixels: int | None = arg(None, "Images with more pixels are scaled down to it (default: 16,384 tokens).")
+    video_min_pixels: int | None = arg(
+        None, "Video frames with fewer pixels are scaled up to it (default: 128 tokens)."
+    )
+    video_max_pixels: int | None = arg(
+        None, "Video frames with more pixels are scaled down to it (default: 768 tokens)."
+    )
+    image_resized_width: int | None = arg(None, "Width of every image, rounded to a multiple of 28 (Qwen3: 32).")
+    image_resized_height: int | None = arg(None, "Height of every image, rounded to a multiple of 28 (Qwen3: 32).")
+    video_resized_width: int | None = arg(None, "Width of every video frame, rounded to a multiple of 28 (Qwen3: 32).")
+    video_resized_height: int | None = arg(
+        None, "Height of every video frame, rounded to a multiple of 28 (Qwen3: 32)."
+    )
     max_video_tokens: int | None = arg(
-        None, "Most visual tokens per sample: resolution shrinks first, then frames; whole videos are always kept."
+        None,
+        "Most visual tokens per sample, text of time stamps included: resolution shrinks first, then frames; whole "
+        "videos are always kept.",
     )
 
     # optimisation
@@ -307,7 +335,7 @@ def flags_between(first: str, last: str) -> set[str]:
 
 # What a record becomes: the flags that tools share with training.
 SAMPLE_FLAGS = {
-    "model_id", "cache_dir", "data_path", "image_folder", "system_prompt", "max_seq_length",
+    "model_id", "cache_dir", "data_path", "image_folder", "system_prompt", "chat_template_kwargs", "max_seq_length",
     *flags_between("decode_timeout", "video_cache"), *flags_between("fps", "max_video_tokens"),
 }  # fmt: skip
 # Flags that mean nothing without --lora_enable, and those that an adapter's own config answers.
@@ -580,12 +608,8 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         complain((width is None) != (height is None),
                  f"--{kind}_resized_width {width}, --{kind}_resized_height {height}: give both or none")  # fmt: skip
         low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
-        if width is None and low > high:
-            # A command that lowers only the maximum (upstream's own recipes do) means "at most this many".
-            if f"{kind}_min_pixels" in given:
-                problems.append(f"--{kind}_min_pixels {low} is above --{kind}_max_pixels {high}: bring them in order")
-            elif high > 0:
-                setattr(args, f"{kind}_min_pixels", high)
+        complain(width is None and low and high and low > high,
+                 f"--{kind}_min_pixels {low} is above --{kind}_max_pixels {high}: bring them in order")  # fmt: skip
     for flag in ("fps", "nframes", "image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels",
                  "image_resized_width", "image_resized_height", "video_resized_width", "video_resized_height",
                  "max_video_tokens", "max_seq_length", "min_frames", "max_frames", "num_train_epochs", "save_steps",
@@ -840,11 +864,14 @@ PART = {"type": pa.string(), "text": pa.string(), "files": pa.list_(pa.string())
         "min_pixels": pa.int64(), "max_pixels": pa.int64(), "total_pixels": pa.int64(),
         "resized_width": pa.int64(), "resized_height": pa.int64()}  # fmt: skip
 OPTIONS = tuple(PART)[3:]  # of a video or image, or at the record's top level of all its videos
-# A turn's `train` is false where the answer is not learned, else null.
-MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(pa.struct(PART)), "train": pa.bool_()}))
-CONVERSATION = pa.schema({"id": pa.string(), "messages": MESSAGES})
+# A turn's `train` is false where the answer is not learned, else null; `tool_calls` and the record's
+# `chat_template_kwargs`, tools among them, are JSON.
+MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(pa.struct(PART)), "train": pa.bool_(),
+                               "reasoning": pa.string(), "tool_calls": pa.string()}))  # fmt: skip
+CONVERSATION = pa.schema({"id": pa.string(), "messages": MESSAGES, "chat_template_kwargs": pa.string()})
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+         "tool": "tool"}  # fmt: skip
 REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # of an assistant turn
 OPTION_ALIASES = {"video_start": "start", "video_end": "end"}
 OTHER_NAMES = {"prompt": ("question", "input", "problem_text", "user"),
@@ -852,10 +879,8 @@ OTHER_NAMES = {"prompt": ("question", "input", "problem_text", "user"),
 TRAIN_FIELDS = ("loss", "weight", "train", "training")  # of a turn: whether its answer is learned
 # Fields that would change what is learned, are not read, and are therefore refused: what to do instead.
 REFUSED_FIELDS = {
-    "tools": "tool definitions are not rendered: write them into the system text",
     "history": "write the earlier turns as turns of the conversation",
     "mask_history": "give the earlier answers 'loss': false, or use --train_on last",
-    "chat_template_kwargs": "the chat template takes no options here: write the text as the model is to see it",
     "audio": "these models do not hear: remove it",
     "audios": "these models do not hear: remove it",
     "objects": "write the boxes or points into the text, in the model's notation",
@@ -871,9 +896,19 @@ REFUSED_FIELDS = {
 }
 REFUSED_TURN_FIELDS = {
     "loss_scale": "answers are learned or not: give 'loss': true or false",
-    "tool_calls": "the models' chat template has no place for it: write the calls into the text",
-    "function_call": "the models' chat template has no place for it: write the call into the text",
+    "function_call": "give it as 'tool_calls', a list of {'name', 'arguments'}, or write it into the text",
 }
+# What a record may have and only some chat templates render: see Encoder.template_reads.
+UNRENDERED = {
+    "reasoning": "write it into the answer's text, such as <think>…</think> before the answer, or remove the field",
+    "tool_calls": "write the calls into the text, or remove the field",
+    "tools": "write the definitions into the system text, or remove the field",
+    "tool": "make it a user turn",
+}
+ANSWER = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
+CLIP = re.compile(r"(?:<[\d.]+ seconds>)?<\|vision_start\|>")  # with the time stamp before it
+THOUGHT = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)
+PROBE = "probe_of_the_chat_template"
 CONTROL_TOKENS = re.compile(r"<\|(?:(?:video|image|vision)_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")
 # A tag takes one newline on each side with it. Behind a backslash it is text: \<video> becomes <video>.
 TAG = re.compile(r"((?:\r?\n)?(?<!\\)<(video|image)>(?:\r?\n)?)")
@@ -889,7 +924,8 @@ def normalize_conversation(record: dict, where: str) -> dict:
 
     Accepted: `conversations` (`from`/`value`) or `messages` (`role`/`content`, content a text or a list of parts),
     with `<video>`/`<image>` tags filled in order from `video`/`videos`/`image`/`images`, or parts that carry paths.
-    `system` is the system turn's text. OPTIONS beside the turns go to every video of the record.
+    `system` is the system turn's text. OPTIONS beside the turns go to every video of the record. `tools` and
+    `chat_template_kwargs` go to the chat template.
 
     Raises:
         ValueError: names the record, the field, what was found, what was expected and the mend.
@@ -905,6 +941,7 @@ def normalize_conversation(record: dict, where: str) -> dict:
         check_fields(record, ("conversations", "messages"))
         messages = [normalize_turn(turn, i, options) for i, turn in enumerate(_turns(record))]
         _add_system(messages, record.get("system"))
+        kwargs = template_kwargs(record)
         placed = {part["type"] for message in messages for part in message["content"] if part["files"]}
         for kind in media:
             if not placed & {kind, "frames" if kind == "video" else kind}:
@@ -924,7 +961,71 @@ def normalize_conversation(record: dict, where: str) -> dict:
             raise ValueError(f"the first turn after any system turn must be the user's, got {first!r}")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return {"id": str(record.get("id") if record.get("id") is not None else where), "messages": messages}
+    return {"id": str(record.get("id") if record.get("id") is not None else where), "messages": messages,
+            "chat_template_kwargs": kwargs}  # fmt: skip
+
+
+def template_kwargs(record: dict) -> str | None:
+    """A record's `chat_template_kwargs` and `tools` (OpenAI's form: a list of JSON schemas) as one JSON object.
+
+    Raises:
+        ValueError: names the field, what was found and what was expected.
+    """
+    kwargs = _from_json(record, "chat_template_kwargs", dict, "an object")
+    tools = kwargs.pop("tools", None) or _from_json(record, "tools", list, "a list of function definitions")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"field 'tools' must be a list of function definitions, got {_short(tools)}")
+    kwargs |= {"tools": tools} if tools else {}
+    return _json(kwargs) if kwargs else None
+
+
+def _from_json(fields, key, kind, expected):
+    """A field that may be JSON text, as Parquet has it; an empty one where it is absent."""
+    value = fields.get(key)
+    with contextlib.suppress(ValueError):  # of another kind than expected
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value
+    if absent(value) or value == "":
+        return kind()
+    if not isinstance(value, kind):
+        raise ValueError(f"field {key!r} must be {expected} (or its JSON text), got {_short(value)}")
+    return _without_nulls(value)
+
+
+def _without_nulls(value):
+    """Arrow gives every object of a list the fields of all of them: those that are null are not of this one."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _json(value):
+    """JSON text that goes to the chat template, without control tokens."""
+    text = json.dumps(value, ensure_ascii=False)
+    if found := CONTROL_TOKENS.search(text):
+        raise ValueError(f"the control token {found[0]} is in {_short(text)}: remove it")
+    return text
+
+
+def check_rendered(row: dict, reads: dict[str, bool], template: str):
+    """Refuse what a chat template would leave out; `reads`: see Encoder.template_reads.
+
+    Raises:
+        ValueError: names the turn and the field.
+    """
+    kwargs = json.loads(row.get("chat_template_kwargs") or "{}")
+    if "tools" in kwargs and not reads["tools"]:
+        raise ValueError(f"field 'tools': the model's chat template has no place for it: {UNRENDERED['tools']}")
+    for name in kwargs:
+        if name != "tools" and not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(f"field 'chat_template_kwargs': the model's chat template does not read {name!r}")
+    turns = row["messages"] + [turn for answer in row.get("completions") or [] for turn in answer]
+    for i, turn in enumerate(turns):
+        for name in ("reasoning", "tool_calls"):
+            if turn.get(name) and not reads[name]:
+                raise ValueError(f"turn {i}: field {name!r} of the assistant's turn, got {_short(turn[name])}: the "
+                                 f"model's chat template has no place for it: {UNRENDERED[name]}")  # fmt: skip
+        if turn["role"] == "tool" and not reads["tool"]:
+            raise ValueError(f"turn {i}: role 'tool' is not known to the model's chat template: {UNRENDERED['tool']}")
 
 
 def refuse_fields(fields: dict, refused: dict[str, str]):
@@ -1215,10 +1316,12 @@ def normalize_turn(turn: dict, i: int, options: dict | None = None) -> dict:
         if not absent(turn.get(key)):
             raise ValueError(f"turn {i}: field {key!r} is not read, got {_short(turn[key])}: {fix}")
     train = _train_flag(turn, i, ROLES[role])
+    reasoning = calls = None
     if ROLES[role] == "assistant":
-        _check_reasoning(turn, i)
-        for part in content if isinstance(content, (list, tuple)) else []:
-            _check_reasoning(part, i)
+        reasoning, calls = _reasoning(turn, i), _tool_calls(turn, i)
+        content = "" if content is None and (reasoning or calls) else content
+    elif not absent(turn.get("tool_calls")):
+        raise ValueError(f"turn {i}: field 'tool_calls' on a {role} turn: only the assistant calls tools; remove it")
     parts = []
     for part in content if isinstance(content, (list, tuple)) else [content]:
         if isinstance(part, dict):
@@ -1231,22 +1334,34 @@ def normalize_turn(turn: dict, i: int, options: dict | None = None) -> dict:
                 continue
             if more := sorted(given & {"video", "image", "videos", "images", "path", "url"}):
                 raise ValueError(f"turn {i}: a text part with the field {more[0]!r}: make that a part of its own")
+            if more := sorted(given & {*REASONING_FIELDS}) if ROLES[role] == "assistant" else []:
+                raise ValueError(f"turn {i}: field {more[0]!r} of a part: make it a field of the turn")
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             mend = "put numbers in quotes" if isinstance(text, (int, float)) else "write the text or drop the turn"
             raise ValueError(f"turn {i}: {text_key!r} must be text, got {_short(text)}: {mend}")
-        if found := CONTROL_TOKENS.search(text):
-            raise ValueError(f"turn {i}: the control token {found[0]} stands in the text: take it out (the place of a "
-                             "video is written <video>, that of an image <image>)")  # fmt: skip
-        if found := re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"turn {i}: the text has half a character, {found[0]!r}: write the text as UTF-8 again")
-        if ROLES[role] != "assistant" and (found := re.search(r"(?<!\\)<audio>", text)):
+        _check_text(text, i)
+        if ROLES[role] != "assistant" and re.search(r"(?<!\\)<audio>", text):
             raise ValueError(f"turn {i}: the tag <audio> in the text: these models do not hear; remove it, or write "
                              "\\<audio> for the word itself")  # fmt: skip
         pieces = TAG.split(text)  # text, tag with its newlines, kind, text, …, text
         parts += [_part(pieces[k], text=pieces[k - 1]) if k % 3 == 2 else _part("text", text=pieces[k])
                   for k in range(len(pieces)) if k % 3 != 1 and pieces[k]]  # fmt: skip
-    return {"role": ROLES[role], "content": parts, "train": train}
+    return {"role": ROLES[role], "content": parts, "train": train, "reasoning": reasoning, "tool_calls": calls}
+
+
+def says_something(turn: dict) -> bool:
+    """Whether a turn of the schema has text or calls a tool."""
+    return bool(turn["tool_calls"]) or any((part["text"] or "").strip() for part in turn["content"])
+
+
+def _check_text(text, i):
+    """Refuse what no text of a turn may have."""
+    if found := CONTROL_TOKENS.search(text):
+        raise ValueError(f"turn {i}: the control token {found[0]} stands in the text: take it out (the place of a "
+                         "video is written <video>, that of an image <image>)")  # fmt: skip
+    if found := re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"turn {i}: the text has half a character, {found[0]!r}: write the text as UTF-8 again")
 
 
 def _train_flag(turn, i, role):
@@ -1264,14 +1379,33 @@ def _train_flag(turn, i, role):
     return False if role == "assistant" and given and not any(given.values()) else None
 
 
-def _check_reasoning(fields, i):
-    """Refuse reasoning in a field of its own: the chat templates of Qwen2-VL and Qwen2.5-VL would leave it out."""
-    for key in REASONING_FIELDS if isinstance(fields, dict) else ():
-        value = fields.get(key)
-        if value and not absent(value) and (not isinstance(value, str) or value.strip()):
-            raise ValueError(f"turn {i}: field {key!r} of the assistant's turn, got {_short(value)}: the models' chat "
-                             "template has no place for it: write it into the answer's text, for example "
-                             "<think>…</think> before the answer, or remove the field")  # fmt: skip
+def _reasoning(turn, i):
+    """The assistant's thoughts from one of REASONING_FIELDS, None where there are none."""
+    given = {key: turn[key] for key in REASONING_FIELDS if not absent(turn.get(key)) and turn[key] != ""}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError(f"turn {i}: fields {' and '.join(map(repr, given))} are both there: keep one of them")
+    ((key, text),) = given.items()
+    if not isinstance(text, str):
+        raise ValueError(f"turn {i}: field {key!r} must be a text, got {_short(text)}")
+    _check_text(text, i)
+    return text if text.strip() else None
+
+
+def _tool_calls(turn, i):
+    """The assistant's calls as JSON: [{"type": "function", "function": {"name", "arguments": an object}}]."""
+    try:
+        calls = []
+        for call in _from_json(turn, "tool_calls", list, "a list of calls"):
+            call = call.get("function", call) if isinstance(call, dict) else call
+            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+                raise ValueError(f"field 'tool_calls': a call must have a name and arguments, got {_short(call)}")
+            arguments = _from_json(call, "arguments", dict, "an object")
+            calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+        return _json(calls) if calls else None
+    except ValueError as error:
+        raise ValueError(f"turn {i}: {error}") from None
 
 
 def _fill_tags(messages, media):
@@ -1526,11 +1660,13 @@ def _open_table(source):
 
 
 def load_records(
-    source: str, normalize=normalize_conversation, schema: pa.Schema = CONVERSATION, name: str = ""
-) -> "Dataset":
+    source: str, normalize=normalize_conversation, schema: pa.Schema = CONVERSATION, name: str = "",
+    encoder: "Encoder | None" = None,
+) -> "Dataset":  # fmt: skip
     """All records in one fixed schema, memory-mapped: converted once, found again by the file's identity.
 
-    Of several sources, `info.description` has the number of records of each; `name` is then before each place.
+    Of several sources, `info.description` has the number of records of each; `name` is then before each place. Records
+    are refused that have something which the chat template of the `encoder` would leave out.
 
     Raises:
         ValueError: counts all bad records and lists the first different problems, each with its first places; says
@@ -1539,12 +1675,12 @@ def load_records(
     import datasets
 
     if len(sources := data_sources(source)) > 1:
-        tables = [load_records(one, normalize, schema, f"{Path(one).name} ") for one in sources]
+        tables = [load_records(one, normalize, schema, f"{Path(one).name} ", encoder) for one in sources]
         table = datasets.concatenate_datasets(tables)
         table.info.description = ", ".join(f"{len(t):,} of {Path(one).name}" for t, one in zip(tables, sources))
         return table
 
-    def rows(source, identity, normalize):
+    def rows(source, identity, normalize, template):
         count, bad, problems = 0, 0, {}  # problem: [its records, the first places]
         for where, record in read_records(source):
             where = name + where
@@ -1554,6 +1690,8 @@ def load_records(
                 if isinstance(record, ValueError):
                     raise ValueError(f"{where}: {record}")
                 row = normalize(record, where)
+                if template:
+                    check_rendered(row, *template)
             except ValueError as error:
                 bad += 1
                 problem = str(error).removeprefix(f"{where}: ")
@@ -1585,11 +1723,12 @@ def load_records(
     function = getattr(normalize, "func", normalize)
     sources = project_sources(__file__, inspect.getsourcefile(function) or "")
     code = [sources, inspect.getsource(function), str(getattr(normalize, "keywords", ""))]
-    key = hashlib.sha256(json.dumps([source, identity, code, str(schema), name]).encode()).hexdigest()[:32]
+    template = (encoder.template_reads(), encoder.chat_template) if encoder else None
+    key = hashlib.sha256(json.dumps([source, identity, code, str(schema), name, template]).encode()).hexdigest()[:32]
     try:
         return datasets.Dataset.from_generator(
             rows, features=datasets.Features.from_arrow_schema(schema), fingerprint=key,
-            gen_kwargs={"source": source, "identity": key, "normalize": normalize},
+            gen_kwargs={"source": source, "identity": key, "normalize": normalize, "template": template},
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
@@ -1681,6 +1820,18 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return h, w
 
 
+def pixel_bounds(args, kind: str, factor: int) -> tuple[int, int]:
+    """Fewest and most pixels of an image or video frame: as the flags say, else the reference's tokens × factor².
+
+    One flag moves the other's default: a maximum below the default minimum means "at most this many".
+    """
+    fewest, most = {"image": (IMAGE_MIN_TOKENS, IMAGE_MAX_TOKENS),
+                    "video": (VIDEO_MIN_TOKENS_PER_FRAME, VIDEO_MAX_TOKENS_PER_FRAME)}[kind]  # fmt: skip
+    low, high = getattr(args, f"{kind}_min_pixels"), getattr(args, f"{kind}_max_pixels")
+    high = high or max(most * factor**2, low or 0)
+    return low or min(fewest * factor**2, high), high
+
+
 def target_size(part: dict, height: int, width: int, num_frames: int, args, factor: int) -> tuple[int, int]:
     """(height, width) in pixels at which a clip of this native size is trained; the part's own options win.
 
@@ -1695,7 +1846,8 @@ def target_size(part: dict, height: int, width: int, num_frames: int, args, fact
     if part["resized_width"] is not None or (not own_pixels and option("resized_width") is not None):
         return smart_resize(option("resized_height"), option("resized_width"), factor,
                             IMAGE_MIN_TOKENS * factor**2, IMAGE_MAX_TOKENS * factor**2)  # fmt: skip
-    min_pixels, max_pixels = option("min_pixels"), option("max_pixels")
+    low, high = pixel_bounds(args, kind, factor)
+    min_pixels, max_pixels = part["min_pixels"] or low, part["max_pixels"] or high
     if kind == "video":
         share = (part["total_pixels"] or VIDEO_TOTAL_TOKENS * factor**2) / math.ceil(num_frames / FRAME_FACTOR)
         limit = max(min(VIDEO_MAX_TOKENS_PER_FRAME * factor**2, share), int(min_pixels * 1.05))
@@ -1785,6 +1937,10 @@ class VideoInfo:
     width: int
     times: list[float] | None = None  # from the first frame; None: frame i is shown from i / fps on
     reader: str = "pyav"  # what decoded its frames
+
+    def shown_at(self, indices: list[int]) -> list[float]:
+        """Seconds from the first frame at which frames of these numbers are shown."""
+        return [self.times[i] if self.times else i / self.fps for i in indices]
 
 
 FFMPEG_OPTIONS = {"protocol_whitelist": "file"}  # no file leads to a network
@@ -2251,8 +2407,9 @@ def load_clip(
     part: dict, folder: str, args, factor: int, limit=None, cache: VideoCache | None = None,
     watched=contextlib.nullcontext, readers: Counter | None = None,
 ):  # fmt: skip
-    """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps)`.
+    """One video, frame list or image at its training size: `(frames uint8 [F, 3, height, width], sampled_fps, times)`.
 
+    `times` are the seconds at which each frame is shown, counted from the start of the file, whatever part is taken.
     `limit` is (frames, height, width) from fit_video_tokens; None: as the arguments and the part ask. `watched(path)`
     is entered around each image's reading; `readers` counts the videos by what decoded them.
 
@@ -2283,40 +2440,52 @@ def load_clip(
             frames = cache.frames(identity, indices, *size(info), info.reader)
             if frames is not None:
                 readers[info.reader] += 1
-                return frames, sampled_fps
+                return frames, sampled_fps, info.shown_at(indices)
         frames, info = read_video(path, pick, args.video_reader)  # [F, 3, h, w]
         readers[info.reader] += 1
         frames = resize_frames(frames, *size(info))
         if cache and cache.room.value > 0 and cache.identity(path) == identity:  # not replaced meanwhile
             cache.add(identity, info, indices, frames)
-        return frames, sampled_fps
+        return frames, sampled_fps, info.shown_at(indices)
     fps = part["fps"] or args.fps  # of a frame list: the rate at which its images were taken
+    times = frame_list_times(len(paths), fps)
     if at_most and at_most < len(paths):
         fps *= at_most / len(paths)
-        paths = [paths[i] for i in spread_evenly(0, len(paths) - 1, at_most)]
+        taken = spread_evenly(0, len(paths) - 1, at_most)
+        paths, times = [paths[i] for i in taken], [times[i] for i in taken]
     images, shape = [], limit and limit[1:]
     for path in paths:
         with watched(path):
             image = read_image(path)
             shape = shape or target_size(part, image.height, image.width, len(paths), args, factor)
             images.append(torch.from_numpy(np.array(image.resize(shape[::-1], Image.Resampling.BICUBIC))))
-    return torch.stack(images).permute(0, 3, 1, 2), fps
+    return torch.stack(images).permute(0, 3, 1, 2), fps, times
 
 
-def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | None = None) -> tuple[int, int, int]:
-    """(frames, height, width) that load_clip would give without a limit, decoding one frame at most."""
+def frame_list_times(count: int, fps: float) -> list[float]:
+    """Seconds of the images of a frame list, and of the copy of the last one where their number is odd.
+
+    Source: fetch_video of qwen_vl_utils.
+    """
+    return [i / fps for i in range(math.ceil(count / FRAME_FACTOR) * FRAME_FACTOR)]
+
+
+def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | None = None):
+    """`((frames, height, width), times)` that load_clip would give without a limit, decoding one frame at most."""
     paths = [resolve_path(path, folder) for path in part["files"]]
     if part["type"] != "video":
         width, height = read_image(paths[0]).size
-        return len(paths), *target_size(part, height, width, len(paths), args, factor)
+        times = frame_list_times(len(paths), part["fps"] or args.fps)
+        return (len(paths), *target_size(part, height, width, len(paths), args, factor)), times
     info = cache and cache.info(cache.identity(paths[0]))
     if not info:
         info = video_info(paths[0])
     try:
-        count = len(sample_frames(part, info.num_frames, info.fps, args, times=info.times)[0])
+        indices, _ = sample_frames(part, info.num_frames, info.fps, args, times=info.times)
     except ValueError as error:
         raise BadFile(paths[0], str(error)) from None
-    return count, *target_size(part, info.height, info.width, count, args, factor)
+    size = target_size(part, info.height, info.width, len(indices), args, factor)
+    return (len(indices), *size), info.shown_at(indices)
 
 
 def visual_tokens(frames: int, height: int, width: int, factor: int) -> int:
@@ -2324,9 +2493,12 @@ def visual_tokens(frames: int, height: int, width: int, factor: int) -> int:
     return math.ceil(frames / FRAME_FACTOR) * (height // factor) * (width // factor)
 
 
-def fit_video_tokens(shapes: list[tuple[int, int, int]], budget: int, factor: int) -> list[tuple[int, int, int]]:
+def fit_video_tokens(
+    shapes: list[tuple[int, int, int]], budget: int, factor: int, time_tokens: list[int] | None = None
+) -> list[tuple[int, int, int]]:
     """Shrink (frames, height, width) of a sample's clips until their visual tokens fit the budget.
 
+    `time_tokens`: of each clip, the tokens before and after each of its temporal patches; see Encoder.time_tokens.
     First all sides shrink by one common scale, each rounded down to a multiple of `factor` and never below it; if the
     smallest size is still too much, all frame counts shrink by one common share, never below one temporal patch.
 
@@ -2342,22 +2514,22 @@ def fit_video_tokens(shapes: list[tuple[int, int, int]], budget: int, factor: in
         return [(max(1, min(f, max(FRAME_FACTOR, int(f * share) // FRAME_FACTOR * FRAME_FACTOR))), h, w)
                 for f, h, w in at_size(0)]  # fmt: skip
 
+    def total(shapes):
+        visual = sum(visual_tokens(*shape, factor) for shape in shapes)
+        return visual + sum(math.ceil(f / FRAME_FACTOR) * n for (f, _, _), n in zip(shapes, time_tokens or ()))
+
     for shrink in (at_size, at_frames):
-        if _total_tokens(shrink(1), factor) <= budget:
+        if total(shrink(1)) <= budget:
             return shrink(1)
-        if _total_tokens(shrink(0), factor) <= budget:
+        if total(shrink(0)) <= budget:
             low, high = 0.0, 1.0
             for _ in range(30):
                 middle = (low + high) / 2
-                low, high = (middle, high) if _total_tokens(shrink(middle), factor) <= budget else (low, middle)
+                low, high = (middle, high) if total(shrink(middle)) <= budget else (low, middle)
             return shrink(low)
-    least = _total_tokens(at_frames(0), factor)
+    least = total(at_frames(0))
     raise ValueError(f"{len(shapes)} videos and images need at least {least} visual tokens, "
                      f"--max_video_tokens is {budget}: raise it or split the sample")  # fmt: skip
-
-
-def _total_tokens(shapes, factor):
-    return sum(visual_tokens(*shape, factor) for shape in shapes)
 
 
 # ------------------------------------------------------------------------------------------------------- 4. encoding
@@ -2400,60 +2572,144 @@ class Encoder:
         vision = self.config.vision_config
         self.patch_size, self.merge_size = vision.patch_size, vision.spatial_merge_size
         self.factor = self.patch_size * self.merge_size
+        self.timing = FAMILIES[self.config.model_type]
+        self.template_kwargs = json.loads(args.chat_template_kwargs or "{}")
         self.max_positions = self.config.get_text_config().max_position_embeddings
         self.cache = VideoCache(args.video_cache, room, args.video_reader) if args.video_cache else None
         self.watch = watch
         self.end_of_turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
         self.vision_ids = self.tokenizer.convert_tokens_to_ids(names)
+        self._prefixes = {}  # of generation_prefix
 
-    def render(self, turns: list[dict], **kwargs) -> str:
-        """Turns of the schema as the chat template writes them, one pad token per clip."""
+    def render(self, turns: list[dict], options: str | None = None, **kwargs) -> str:
+        """Turns of the schema as the chat template writes them, one pad token per clip or, with times, per 2 frames.
+
+        `options`: a record's `chat_template_kwargs`.
+        """
         # The template's view: frame lists are videos, and a part has only the fields of its type.
         plain = [{"role": m["role"], "content": [
             {"type": "text", "text": p["text"]} if p["type"] == "text" else
             {"type": "image" if p["type"] == "image" else "video"}
             for p in m["content"]]} for m in turns]  # fmt: skip
-        return self.tokenizer.apply_chat_template(plain, chat_template=self.chat_template, tokenize=False, **kwargs)
+        for message, turn in zip(plain, turns):
+            if turn.get("reasoning"):
+                message["reasoning_content"] = turn["reasoning"]
+            elif turn["role"] == "assistant" and "reasoning_content" in self.chat_template:
+                # Thoughts within the text have this field too: the template of Qwen3.8 looks for them nowhere else.
+                text = next((part for part in message["content"] if part["type"] == "text"), {"text": ""})
+                if thought := THOUGHT.match(text["text"]):
+                    message["reasoning_content"], text["text"] = thought[1], text["text"][thought.end() :]
+            if turn.get("tool_calls"):
+                message["tool_calls"] = json.loads(turn["tool_calls"])
+        kwargs = {**self.template_kwargs, **json.loads(options or "{}"), **kwargs}
+        text = self.tokenizer.apply_chat_template(plain, chat_template=self.chat_template, tokenize=False, **kwargs)
+        videos = [p for m in turns for p in m["content"] if p["type"] in ("video", "frames")]
+        if self.timing != "text" or not videos or "times" not in videos[0]:
+            return text
+        texts = [self.time_stamps(part["times"]) for part in videos]
+        return self.processor.get_text_with_replacements([text], videos_replacements=texts)[0][0]
 
-    def tokenize(self, messages: list[dict], completions: list[list[dict]] | None = None):
+    def time_stamps(self, times: list[float]) -> str:
+        """The processor's text for a video whose frames are shown at these seconds: one pad token per 2 frames."""
+        one = torch.tensor([[math.ceil(len(times) / FRAME_FACTOR), self.merge_size, self.merge_size]])
+        metadata = transformers.video_utils.VideoMetadata(len(times), fps=1.0, frames_indices=list(times))
+        return self.processor.replace_video_token({"video_grid_thw": one, "video_metadata": [metadata]}, 0)
+
+    def time_tokens(self, times: list[float]) -> int:
+        """At most so many tokens a video of these times has beside each temporal patch: its time stamp and borders."""
+        if self.timing != "text" or not times:
+            return 0
+        return len(self.tokenizer(self.time_stamps([times[-1]]), add_special_tokens=False)["input_ids"]) - 1
+
+    def video_layout(self) -> str:
+        """How the installed processor writes a video of a family that has time stamps: one frame at 0 seconds."""
+        if self.timing != "text":
+            return "one run of tokens"
+        template = ["<|vision_start|><|video_pad|><|vision_end|>"]
+        return self.processor.get_text_with_replacements(template, videos_replacements=[self.time_stamps([0.0])])[0][0]
+
+    def template_reads(self) -> dict[str, bool]:
+        """Which of UNRENDERED the chat template has a place for."""
+        user = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "!"}]}
+        call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
+
+        def rendered(*turns, **kwargs):
+            try:
+                return self.tokenizer.apply_chat_template(
+                    [user, *turns], chat_template=self.chat_template, tokenize=False, **self.template_kwargs, **kwargs
+                )
+            except Exception:  # a template may raise anything
+                return ""
+
+        result = {"role": "tool", "content": [{"type": "text", "text": PROBE}]}
+        result = rendered({**answer, "tool_calls": [call]}, result).rpartition("<|im_start|>")[2]
+        return {
+            "reasoning": PROBE in rendered({**answer, "reasoning_content": PROBE}),
+            "tool_calls": PROBE in rendered({**answer, "tool_calls": [call]}),
+            "tools": PROBE in rendered(answer, tools=[call]),
+            "tool": PROBE in result and not result.startswith("tool"),  # ChatML has no such role
+        }
+
+    def generation_prefix(self, options: str | None = None) -> str:
+        """What the chat template writes after `<|im_start|>assistant` for the model to go on from, such as <think>."""
+        key = self.chat_template, json.dumps(self.template_kwargs), options
+        if key not in self._prefixes:
+            question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+            text = self.render(question, options, add_generation_prompt=True)
+            self._prefixes[key] = text.rpartition("<|im_start|>assistant\n")[2]
+        return self._prefixes[key]
+
+    def tokenize(self, messages: list[dict], completions: list[list[dict]] | None = None, options: str | None = None):
         """Chat template → `[(input_ids, labels)]` of a conversation, or of a prompt and of each completion after it.
 
-        One pad token per clip; labelled are the assistant turns, their ends too, but none of a prompt's.
+        One pad token per clip, or per temporal patch where parts have `times`; labelled are the assistant turns, their
+        ends too, but none of a prompt's. `options`: a record's `chat_template_kwargs`.
+
+        Raises:
+            ValueError: the chat template does not write what is needed.
         """
         if self.args.system_prompt is not None and messages[0]["role"] != "system":
             text = {**dict.fromkeys(PART), "type": "text", "text": self.args.system_prompt}
             messages = [{"role": "system", "content": [text]}, *messages]
         if completions is None:
-            return [self._labelled(messages, "", 0)]
-        prompt = self.render(messages, add_generation_prompt=True)
+            return [self._labelled(messages, "", 0, options)]
+        prompt = self.render(messages, options, add_generation_prompt=True)
         input_ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return [(input_ids, [-100] * len(input_ids))] + [
-            self._labelled([*messages, *completion], prompt, len(messages)) for completion in completions
+            self._labelled([*messages, *completion], prompt, len(messages), options) for completion in completions
         ]
 
-    def _labelled(self, turns, before, first):
+    def _labelled(self, turns, before, first, options):
         """Tokens of the rendered turns after the text `before`; turns from number `first` on are supervised."""
-        text = self.render(turns)
-        assert text.startswith(before), "the chat template does not render turn after turn"
+        text, prefix = self.render(turns, options), self.generation_prefix(options)
+        if not text.startswith(before):
+            raise ValueError(
+                f"the chat template opens the answer with {prefix!r}, and writes something else where it is given: "
+                "give answers with thoughts if it thinks, else without (--chat_template_kwargs, enable_thinking)"
+                if prefix else "the chat template writes a prompt otherwise when an answer follows it"
+            )  # fmt: skip
         encoded = self.tokenizer(text[len(before) :], return_offsets_mapping=True, add_special_tokens=False)
-        input_ids, labels = encoded["input_ids"], [-100] * len(encoded["input_ids"])
-        for i, message in enumerate(turns):
-            if message["role"] != "assistant" or i < first or message.get("train") is False:
-                continue
-            start = self.render(turns[:i], add_generation_prompt=True)
-            end = text if i + 1 == len(turns) else self.render(turns[: i + 1])
-            assert text.startswith(start) and text.startswith(end), "the chat template does not render turn after turn"
-            for k, (a, b) in enumerate(encoded["offset_mapping"]):
-                inside = a + len(before) >= len(start) and b + len(before) <= len(end)
-                if inside and input_ids[k] not in self.vision_ids:
-                    labels[k] = input_ids[k]
-                    if input_ids[k] == self.end_of_turn:
-                        break  # the newline after the end of the turn is the template's, not the model's
-        return input_ids, labels
+        input_ids = encoded["input_ids"]
+        begins, ends = np.array(encoded["offset_mapping"]).reshape(-1, 2).T + len(before)
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        spans = [match.span(1) for match in ANSWER.finditer(text)]  # no text of a record has control tokens
+        if len(spans) != len(answers):
+            raise ValueError(f"the chat template writes {len(spans)} turns between <|im_start|>assistant and "
+                             f"<|im_end|> for {len(answers)} assistant turns")  # fmt: skip
+        learned = np.zeros(len(input_ids), bool)
+        for i, (start, end) in zip(answers, spans):
+            if i >= first and turns[i].get("train") is not False:
+                start += len(prefix) if text.startswith(prefix, start) else 0  # given in generation, not learned
+                learned |= (begins >= start) & (ends <= end)
+        for clip in CLIP.finditer(text) if self.timing == "text" else ():
+            learned &= (begins < clip.start()) | (begins >= clip.end())
+        return input_ids, [token if on and token not in self.vision_ids else -100
+                           for token, on in zip(input_ids, learned.tolist())]  # fmt: skip
 
     def clips(self, parts: list[dict], folder: str, known_bad: dict[str, str]) -> list:
-        """Decode a sample's clips: for each part (patches, grid, seconds per temporal patch) or a BadFile.
+        """Decode a sample's clips: for each part (patches, grid, seconds per temporal patch, times) or a BadFile.
 
         `known_bad` has the files that are not tried (again), and why. Second value: did the budget bite.
         """
@@ -2471,23 +2727,27 @@ class Encoder:
             except Exception as error:  # whatever a decoder may throw costs its file, not the run
                 return BadFile(files[0], f"{type(error).__name__}: {error}")
 
-        limits = shapes = None
+        limits, shrunk = None, False
         self.readers = Counter()
         if self.args.max_video_tokens and parts:
-            shapes = [attempt(clip_shape, part) for part in parts]
-            good = [shape for shape in shapes if not isinstance(shape, BadFile)]
-            fitted = iter(fit_video_tokens(good, self.args.max_video_tokens, self.factor))
-            limits = [shape if isinstance(shape, BadFile) else next(fitted) for shape in shapes]
+            limits = [attempt(clip_shape, part) for part in parts]
+            good = [i for i, limit in enumerate(limits) if not isinstance(limit, BadFile)]
+            shapes, times = zip(*[limits[i] for i in good]) if good else ((), ())
+            time_tokens = [0 if parts[i]["type"] == "image" else self.time_tokens(t) for i, t in zip(good, times)]
+            fitted = fit_video_tokens(list(shapes), self.args.max_video_tokens, self.factor, time_tokens)
+            shrunk = fitted != list(shapes)
+            for i, shape in zip(good, fitted):
+                limits[i] = shape
         clips = []
         for i, part in enumerate(parts):
             bad = limits and isinstance(limits[i], BadFile)
             limit = limits[i] if limits else None
             clip = limit if bad else attempt(load_clip, part, limit, watched=self.watched, readers=self.readers)
             if not isinstance(clip, BadFile):
-                frames, sampled_fps = clip
-                clip = *patchify(frames, self.patch_size, self.merge_size), FRAME_FACTOR / sampled_fps
+                frames, sampled_fps, times = clip
+                clip = *patchify(frames, self.patch_size, self.merge_size), FRAME_FACTOR / sampled_fps, times
             clips.append(clip)
-        return clips, limits != shapes
+        return clips, shrunk
 
     @contextlib.contextmanager
     def watched(self, path: str):
@@ -2528,11 +2788,22 @@ class Encoder:
             gone = {id(part) for part, clip in zip(parts, clips) if isinstance(clip, BadFile)}
             messages = [{**m, "content": [part for part in m["content"] if id(part) not in gone]} for m in messages]
             parts, clips = zip(*[(p, clip) for p, clip in zip(parts, clips) if not isinstance(clip, BadFile)])
-        patches, grids, seconds = zip(*clips) if clips else ((), (), ())
-        (input_ids, labels), *suffixes = self.tokenize(messages, record.get("completions"))
-        pads = [t * h * w // self.merge_size**2 for t, h, w in grids]
-        placeholders = sum(token in self.vision_ids[2:] for token in input_ids)
-        assert placeholders == len(pads), f"the chat template wrote {placeholders} placeholders for {len(pads)} clips"
+        patches, grids, seconds, times = zip(*clips) if clips else ((), (), (), ())
+        shown = {id(part): seconds for part, seconds in zip(parts, times)}
+        messages = [{**m, "content": [{**part, "times": shown.get(id(part))} for part in m["content"]]}
+                    for m in messages]  # fmt: skip
+        try:
+            (input_ids, labels), *suffixes = self.tokenize(
+                messages, record.get("completions"), record.get("chat_template_kwargs")
+            )
+            runs = self.runs(grids, seconds)
+            placeholders = sum(token in self.vision_ids[2:] for token in input_ids)
+            if placeholders != len(runs):
+                raise ValueError(f"the chat template has {placeholders} places for {len(runs)} of videos and "
+                                 "images: it leaves those of assistant turns out; put them into user turns")  # fmt: skip
+        except ValueError as error:
+            raise InputError(f"{record_name(record['id'])}: {error}") from None
+        pads = [t * h * w // self.merge_size**2 for (t, h, w), _ in runs]
         ids, targets, clip = [], [], iter(pads)
         for token, target in zip(input_ids, labels):  # widen one pad per clip to one per visual token
             count = next(clip) if token in self.vision_ids[2:] else 1
@@ -2555,7 +2826,7 @@ class Encoder:
         ids, grids = np.array(ids), np.array(grids, np.int64).reshape(-1, 3)
         sample |= {
             "input_ids": ids, "labels": np.array(targets), "video_grid_thw": grids,
-            "position_ids": qwen_positions(ids, {self.config.video_token_id: zip(grids, seconds)}, self.config),
+            "position_ids": qwen_positions(ids, {self.config.video_token_id: iter(runs)}, self.config),
             "lengths": np.array([len(ids)]),
             "patches": torch.cat(patches).numpy() if patches else np.zeros((0, self.patch_dim), np.uint8),
         }  # fmt: skip
@@ -2568,32 +2839,47 @@ class Encoder:
             ValueError: a file cannot be used, or the sample does not fit --max_video_tokens.
         """
         parts = [part for message in record["messages"] for part in message["content"] if part["type"] != "text"]
-        shapes, seconds = [], []  # the latter of whole clips
+        shapes, seconds, times = [], [], []  # seconds: of whole clips
         for part in parts:
             if part["type"] == "video":
                 info = self.cache and self.cache.info(self.cache.identity(resolve_path(part["files"][0], folder)))
                 if not info:
                     return None
-                indices, rate = sample_frames(part, info.num_frames, info.fps, self.args)
+                indices, rate = sample_frames(part, info.num_frames, info.fps, self.args, times=info.times)
                 size = target_size(part, info.height, info.width, len(indices), self.args, self.factor)
-                shapes.append((len(indices), *size))
+                shape, shown = (len(indices), *size), info.shown_at(indices)
             else:
-                shapes.append(clip_shape(part, folder, self.args, self.factor))
+                shape, shown = clip_shape(part, folder, self.args, self.factor)
                 rate = part["fps"] or self.args.fps
-            seconds.append(shapes[-1][0] / rate)
+            shapes.append(shape)
+            times.append([] if part["type"] == "image" else shown)
+            seconds.append(shape[0] / rate)
+        time_tokens = [self.time_tokens(shown) for shown in times]
         if budget := self.args.max_video_tokens:
-            shapes = fit_video_tokens(shapes, budget, self.factor)
-        taken = sum(self.positions_taken(shape, FRAME_FACTOR * whole / shape[0])
-                    for shape, whole in zip(shapes, seconds))  # fmt: skip
-        (input_ids, _), *suffixes = self.tokenize(record["messages"], record.get("completions"))
+            shapes = fit_video_tokens(shapes, budget, self.factor, time_tokens)
+        taken = sum(self.positions_taken(shape, FRAME_FACTOR * whole / shape[0], beside)
+                    for shape, whole, beside in zip(shapes, seconds, time_tokens))  # fmt: skip
+        (input_ids, _), *suffixes = self.tokenize(
+            record["messages"], record.get("completions"), record.get("chat_template_kwargs")
+        )
         text = len(input_ids) - len(parts) + max((len(suffix) for suffix, _ in suffixes), default=0)
         return taken + text - 1
 
-    def positions_taken(self, shape: tuple[int, int, int], seconds: float) -> int:
-        """How many positions a clip takes: its (frames, height, width), and the seconds of one temporal patch."""
+    def runs(self, grids, seconds) -> list[tuple]:
+        """The runs of consecutive tokens of some clips, as (grid, seconds): whole clips, or their temporal patches."""
+        if self.timing != "text":
+            return list(zip(grids, seconds))
+        return [((1, h, w), 0.0) for t, h, w in grids for _ in range(t)]
+
+    def positions_taken(self, shape: tuple[int, int, int], seconds: float, time_tokens: int = 0) -> int:
+        """How many positions a clip takes: its (frames, height, width), and the seconds of one temporal patch.
+
+        `time_tokens`: see there; 0 for an image.
+        """
         frames, height, width = shape
         grid = math.ceil(frames / FRAME_FACTOR), height // self.patch_size, width // self.patch_size
-        return int(clip_positions(grid, seconds, self.config).max()) + 1
+        return sum(int(clip_positions(run, per_patch, self.config).max()) + 1 + time_tokens
+                   for run, per_patch in self.runs([grid], [seconds]))  # fmt: skip
 
     @property
     def patch_dim(self) -> int:
@@ -2604,6 +2890,23 @@ class Encoder:
 # What the models were trained with; and transformers 5.3's, of runs that recorded no rule.
 POSITION_RULE = "text goes on one past the largest of a clip's t, h and w positions"
 OLD_POSITION_RULE = "text goes on at a clip's start + max(h, w)"
+
+
+def conventions(encoder: Encoder) -> dict:
+    """What a run's arguments.json keeps beside its flags: by which rules its sequences were made."""
+    return {"position_rule": POSITION_RULE, "video_layout": encoder.video_layout()}
+
+
+def warn_of_other_layout(encoder: Encoder):
+    """Print a warning if a run of ours trained this model on videos that were written otherwise than they are now."""
+    for flag in ("model_id", "lora_weight_path"):
+        folder = getattr(encoder.args, flag, None)
+        run = run_arguments(folder) if folder and Path(folder).is_dir() else None
+        trained, layout = (run or {}).get("video_layout"), encoder.video_layout()
+        if trained and trained != layout:
+            say(f"warning: --{flag} {folder} was trained on videos as {trained!r} (one frame), and the installed "
+                f"transformers {transformers.__version__} writes {layout!r}: install the version of its training, or "
+                "train it again")  # fmt: skip
 
 
 def qwen_positions(input_ids, clips: dict, config) -> np.ndarray:
@@ -2648,6 +2951,8 @@ def qwen_position_ids(inputs, config) -> torch.Tensor:
     real = inputs.get("attention_mask", torch.ones_like(input_ids)).bool()
     images = [(grid.tolist(), 1.0) for grid in inputs.get("image_grid_thw", [])]
     videos = [grid.tolist() for grid in inputs.get("video_grid_thw", [])]
+    if not config.model_type.startswith("qwen2"):  # from Qwen3-VL on, a time stamp is before each temporal patch
+        videos = [[1, h, w] for t, h, w in videos for _ in range(t)]
     seconds = [float(value) for value in inputs.get("second_per_grid_ts", [1.0] * len(videos))]
     clips = {config.image_token_id: iter(images), config.video_token_id: iter(zip(videos, seconds))}
     position_ids = torch.zeros(4, *input_ids.shape, dtype=torch.long, device=input_ids.device)
@@ -2755,7 +3060,13 @@ def load_config(source: str, args: TrainingArguments):
     find_model(source, args.cache_dir)
     config = transformers.AutoConfig.from_pretrained(source, cache_dir=args.cache_dir)
     if config.model_type not in FAMILIES:
-        raise InputError(f"--model_id {source} is a {config.model_type!r} model; supported: {', '.join(FAMILIES)}")
+        why = [f"; {reason}" for word, reason in UNSUPPORTED_FAMILIES.items() if word in config.model_type]
+        raise InputError(f"--model_id {source} is a {config.model_type!r} model{''.join(why[:1])}; supported: "
+                         f"{', '.join(FAMILIES)}")  # fmt: skip
+    needed, found = NEEDED_TRANSFORMERS.get(config.model_type, "0"), transformers.__version__
+    if tuple(map(int, found.split(".")[:2])) < tuple(map(int, needed.split("."))):
+        raise InputError(f"--model_id {source}: {config.model_type!r} models need transformers {needed} or later, "
+                         f"installed is {found}: pip install --upgrade 'transformers<6'")  # fmt: skip
     return config
 
 
@@ -2804,6 +3115,32 @@ class AttentionPlan:
 
         return cls(list(lengths), prefixes, max(lengths), max(key_lengths), cumulative(lengths),
                    cumulative(key_lengths), None if rows is None else to_device(rows, device))  # fmt: skip
+
+    @functools.cached_property
+    def stages(self):
+        """How recurrent layers go through the row: `([(tokens [N, L], prefix)], places [T])`.
+
+        First all segments without a prefix, padded on the left, so that they end together; then those that go on from
+        the state of one, number `prefix` [N] of the first stage's, padded on the right. `tokens` are numbers of the
+        row's tokens (T: padding); `places` says where in both stages, one after the other, each token of the row is.
+        """
+        device, total, before = self.cu_q.device, sum(self.lengths), 0
+        starts = [0, *np.cumsum(self.lengths).tolist()]
+        first = [s for s, prefix in enumerate(self.prefixes) if prefix is None]
+        second = [s for s, prefix in enumerate(self.prefixes) if prefix is not None]
+        stages, places = [], np.empty(total, np.int64)
+        for segments in (first, second) if second else (first,):
+            longest = max(2, *(self.lengths[s] for s in segments))  # fla has no gradient for one step
+            tokens = np.full((len(segments), longest), total)
+            for row, s in zip(tokens, segments):
+                here = slice(longest - self.lengths[s], None) if segments is first else slice(self.lengths[s])
+                row[here] = np.arange(starts[s], starts[s + 1])
+            real = np.flatnonzero(tokens < total)
+            places[tokens.flat[real]] = real + before
+            before += tokens.size
+            prefix = None if segments is first else np.array([first.index(self.prefixes[s]) for s in segments])
+            stages.append((to_device(tokens, device), None if prefix is None else to_device(prefix, device)))
+        return stages, to_device(places, device)
 
 
 def packed_attention(
@@ -2889,10 +3226,71 @@ class PatchProjection(torch.nn.Module):
 
     def __init__(self, convolution: torch.nn.Conv3d):
         super().__init__()
-        self.weight = convolution.weight
+        self.weight, self.bias = convolution.weight, convolution.bias
 
     def forward(self, patches):
-        return F.linear(patches.flatten(1), self.weight.flatten(1))
+        return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+
+class RecurrentStates:
+    """The state of one recurrent layer, in the place of transformers' cache: gradients flow through it."""
+
+    def __init__(self, conv=None, recurrent=None):
+        self.conv, self.recurrent = conv, recurrent
+
+    def get_conv_state(self, layer_idx, state_idx=0):
+        return self.conv
+
+    def get_recurrent_state(self, layer_idx, state_idx=0):
+        return self.recurrent
+
+    def is_recording_past(self, layer_idx):
+        return torch.is_grad_enabled()  # if so, the layer does not write into the state that it goes on from
+
+    def update_conv_state(self, columns, layer_idx, conv_kernel_size):
+        """The new inputs of the convolution [B, D, L], after the ones that it still sees."""
+        seen = columns if self.conv is None else torch.cat([self.conv, columns], -1)
+        self.conv = F.pad(seen, (max(0, conv_kernel_size - seen.shape[-1]), 0))[..., -conv_kernel_size:]
+        return seen
+
+    def update_recurrent_state(self, state, layer_idx):
+        self.recurrent = state
+
+
+class PackedRecurrence:
+    """Mixed into Qwen3.5's gated delta nets: a packed row in two calls of the layer at most, see AttentionPlan.stages.
+
+    Answers that share a prompt go on from the prompt's state, and their gradients flow back into it. Without a plan,
+    completions are being decoded, [P, G, D], each with a state of its own, [P, G, …], in the cache.
+    """
+
+    def forward(self, hidden_states, cache=None, attention_mask=None, plan=None, **kwargs):
+        held = cache.layers[self.layer_idx] if cache is not None else None
+        if plan is None and (held is None or held.conv_states[0] is None or held.conv_states[0].ndim < 4):
+            return super().forward(hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
+        if plan is None:
+            shape = hidden_states.shape[:2]
+            states = RecurrentStates(*(x.flatten(0, 1) for x in (held.conv_states[0], held.recurrent_states[0])))
+            output = super().forward(hidden_states.flatten(0, 1)[:, None], cache=states)
+            set_recurrent_states(held, *(x.unflatten(0, shape) for x in (states.conv, states.recurrent)))
+            return output.view_as(hidden_states)
+        padded, outputs, shared = F.pad(hidden_states[0], (0, 0, 0, 1)), [], None  # token T is padding
+        stages, places = plan.stages
+        for tokens, prefix in stages:
+            start = () if prefix is None else (shared.conv[prefix], shared.recurrent[prefix])
+            states = RecurrentStates(*start)
+            needed = len(stages) > 1 or held is not None
+            outputs.append(super().forward(padded[tokens], cache=states if needed else None).flatten(0, 1))
+            shared = shared or states
+        if held is not None:
+            set_recurrent_states(held, shared.conv, shared.recurrent)
+        return torch.cat(outputs)[places][None]
+
+
+def set_recurrent_states(layer, conv: torch.Tensor, recurrent: torch.Tensor):
+    """Give a recurrent layer of a DynamicCache its states, of any shape."""
+    layer.conv_states[0], layer.recurrent_states[0], layer.device = conv, recurrent, conv.device
+    layer.is_conv_states_initialized[0] = layer.is_recurrent_states_initialized[0] = True
 
 
 FLASH_CAPABILITY = (8, 0)  # of the oldest cards (A100) for which there are flash kernels
@@ -2921,6 +3319,13 @@ def use_packed_attention(model, kernel: str):
             module.config._attn_implementation = name
         if isinstance(getattr(module, "proj", None), torch.nn.Conv3d):
             module.proj = PatchProjection(module.proj)
+        if type(module).__name__.endswith("GatedDeltaNet"):
+            module.__class__ = _packed_class(type(module))
+
+
+@functools.cache
+def _packed_class(layer_class):
+    return type(f"Packed{layer_class.__name__}", (PackedRecurrence, layer_class), {})
 
 
 def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Tensor:
@@ -2931,16 +3336,21 @@ def normalize_patches(patches: torch.Tensor, image_mean, image_std) -> torch.Ten
 
 
 @functools.lru_cache(4096)
-def _clip_in_tower(grid, merge_size, patch_size, window_size):
-    """Of one clip: positions of its patches, their order by windows (of merged tokens) and the windows' ends."""
-    from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+def _clip_in_tower(grid, merge_size, patch_size, window_size, side):
+    """Of one clip: positions of its patches; their order by windows (of merged tokens) and the windows' ends; which
+    learned positions, on a square of this side, they mix, and how much of each."""
+    from transformers import vision_utils
 
     grid = torch.tensor([grid])
-    parts = [get_vision_position_ids(grid, merge_size)]
+    parts = {"position_ids": vision_utils.get_vision_position_ids(grid, merge_size)}
     if window_size:
-        order, ends = get_vision_window_index(grid, merge_size, window_size, patch_size)
-        parts += [order, ends[1:]]
-    return [part.numpy() for part in parts]
+        order, ends = vision_utils.get_vision_window_index(grid, merge_size, window_size, patch_size)
+        parts |= {"window_index": order, "window_ends": ends[1:]}
+    if side:
+        parts["interp_indices"], parts["interp_weights"] = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid, side, align_corners=True, spatial_merge_size=merge_size
+        )
+    return {name: part.numpy() for name, part in parts.items()}
 
 
 def tower_inputs(grids: np.ndarray, encoder: Encoder, device) -> dict:
@@ -2948,8 +3358,10 @@ def tower_inputs(grids: np.ndarray, encoder: Encoder, device) -> dict:
 
     Keywords of the model's forward, which transformers hands on to the tower: see its vision_utils.
     """
-    window_size = getattr(encoder.config.vision_config, "window_size", None)  # Qwen2.5-VL's
-    clips = [_clip_in_tower(tuple(grid), encoder.merge_size, encoder.patch_size, window_size)
+    vision = encoder.config.vision_config
+    window_size = getattr(vision, "window_size", None)  # Qwen2.5-VL's
+    side = math.isqrt(getattr(vision, "num_position_embeddings", None) or 0)  # from Qwen3-VL on
+    clips = [_clip_in_tower(tuple(grid), encoder.merge_size, encoder.patch_size, window_size, side)
              for grid in grids.tolist()]  # fmt: skip
     patches = grids.prod(1)
     starts = patches.cumsum() - patches
@@ -2958,12 +3370,14 @@ def tower_inputs(grids: np.ndarray, encoder: Encoder, device) -> dict:
         bounds = np.concatenate([[0], ends]).astype(np.int32)
         return {f"cu_{name}s": bounds, f"max_{name}": int(np.diff(bounds).max())}
 
-    inputs = {"position_ids": np.concatenate([clip[0] for clip in clips])}
+    names = ["position_ids"] + (["interp_indices", "interp_weights"] if side else [])
+    inputs = {name: np.concatenate([clip[name] for clip in clips]) for name in names}
     inputs |= cumulative("seqlen", np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0]).cumsum())  # attention by frame
     if window_size:
         merged = starts // encoder.merge_size**2
-        inputs["window_index"] = np.concatenate([clip[1] + start for clip, start in zip(clips, merged)])
-        inputs |= cumulative("window_seqlen", np.concatenate([clip[2] + s for clip, s in zip(clips, starts)]))
+        inputs["window_index"] = np.concatenate([clip["window_index"] + start for clip, start in zip(clips, merged)])
+        ends = np.concatenate([clip["window_ends"] + start for clip, start in zip(clips, starts)])
+        inputs |= cumulative("window_seqlen", ends)
     return {f"video_{name}": to_device(value, device)
             if isinstance(value, np.ndarray) else value for name, value in inputs.items()}  # fmt: skip
 
@@ -3396,7 +3810,7 @@ def part_of(name: str) -> str:
         return "head"
     if "visual." not in name:
         return "llm"
-    return "merger" if ".merger." in name else "vision"
+    return "merger" if "merger" in name else "vision"  # Qwen3-VL's deepstack_merger_list, too
 
 
 def choose_trained(model, args: TrainingArguments) -> set[str]:
@@ -4324,7 +4738,12 @@ def write_card(folder: Path, kind: str, config, facts: dict):
     (folder / "README.md").write_text(model_card(kind, config, facts), encoding="utf-8")
 
 
-POSITION_LINES = """hand over the positions, and `generate` goes on from them.
+POSITION_LINES = """## Positions
+
+Training used the position rule of Qwen's authors: the text after a clip (a video or an image) goes on one past the
+largest of the clip's temporal, height and width positions, as in transformers 4.49 to 4.51 and vLLM. Plain
+transformers 5.3 and later counts otherwise: """
+PLAIN_POSITION_LINES = """hand over the positions, and `generate` goes on from them.
 
 ```python
 inputs["position_ids"] = qwen_position_ids(inputs, model.config)  # [4, B, T] from the processor's output
@@ -4342,12 +4761,19 @@ import torch
 
 </details>
 """
+TIME_STAMP_LINES = """## Time stamps
+
+Before each pair of frames the text says when it is shown, in seconds: hand the processor the `video_metadata` of
+`qwen_vl_utils.process_vision_info(messages, image_patch_size=16, return_video_metadata=True)` and
+`do_sample_frames=False`; without it transformers takes 24 frames per second for granted. Training wrote videos as
+transformers 5.10 and later does; older ones (and vLLM beside them) write two tokens fewer per video.
+"""
 
 
 def model_card(kind: str, config, facts: dict) -> str:
     """The model card of an "adapter", a whole "model" or an adapter "merged" into its base.
 
-    `config` is the model's, `facts` are card_facts of the run. The last section is on positions.
+    `config` is the model's, `facts` are card_facts of the run. The last section is on what plain transformers needs.
     """
     base = facts["base_model"] or "path/to/the/base/model"
     auto = f'classifier_class("{config.model_type}")' if config.problem_type else "AutoModelForImageTextToText"
@@ -4372,8 +4798,13 @@ def model_card(kind: str, config, facts: dict) -> str:
     named = f"`{facts['base_model']}`" if facts["base_model"] else "a local folder without a name on the hub"
     bits = f" It was held in {facts['bits']} bits in training." if facts["bits"] < 16 else ""
     code = "\n".join(lines)
-    own = "the class above counts as in training by itself.\n" if config.problem_type else POSITION_LINES.format(
-        "\n\n".join(map(inspect.getsource, (qwen_position_ids, qwen_positions, clip_positions))))  # fmt: skip
+    if FAMILIES[config.model_type] == "text":
+        own = TIME_STAMP_LINES
+    elif config.problem_type:
+        own = POSITION_LINES + "the class above counts as in training by itself.\n"
+    else:
+        functions = map(inspect.getsource, (qwen_position_ids, qwen_positions, clip_positions))
+        own = POSITION_LINES + PLAIN_POSITION_LINES.format("\n\n".join(functions))
     return f"""---
 {chr(10).join(header)}
 ---
@@ -4386,11 +4817,7 @@ def model_card(kind: str, config, facts: dict) -> str:
 {code}
 ```
 
-## Positions
-
-Training used the position rule of Qwen's authors: the text after a clip (a video or an image) goes on one past the
-largest of the clip's temporal, height and width positions, as in transformers 4.49 to 4.51 and vLLM. Plain
-transformers 5.3 and later counts otherwise: {own}"""
+{own}"""
 
 
 def write_json(path: Path, value):
@@ -4614,6 +5041,7 @@ def run_identity(args: TrainingArguments, encoder: Encoder, records: "Dataset", 
         "records": len(records),
         "samples per step": samples_per_step,
         "position rule": POSITION_RULE,
+        "video layout": encoder.video_layout(),
         "seed": args.seed,
         "optimizer": args.optim,
         "precision": next((name for name in ("bf16", "fp16", "pure_bf16") if getattr(args, name)), "fp32"),
@@ -4633,6 +5061,7 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     if lacking := sorted(state.keys() - saved.keys()):
         raise InputError(f"{folder}: trainer_state.json has no {', '.join(lacking)}: another version wrote it")
     saved["run"].setdefault("position rule", OLD_POSITION_RULE)
+    saved["run"].setdefault("video layout", state["run"]["video layout"])
     if not math.isfinite(saved.get("best") or 0.0):  # an earlier version's
         saved["best"] = saved["best_checkpoint"] = None
     changed = {key: f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()
@@ -4746,7 +5175,9 @@ def describe_run(
         size = f"{args.video_resized_width}×{args.video_resized_height} asked → {width}×{height} pixels"
         size += f", {visual_tokens(2, height, width, encoder.factor)} tokens per 2 frames"
     else:
-        size = f"{args.video_min_pixels} to {args.video_max_pixels} pixels per frame, aspect kept"
+        size = "{:,} to {:,} pixels per frame, aspect kept".format(*pixel_bounds(args, "video", encoder.factor))
+    if beside := encoder.time_tokens([10.0]):
+        size += f"; beside each 2 frames {beside} tokens of their time stamp (at 10 to 99 s)"
     if args.nframes:
         frames = f"{round(args.nframes / FRAME_FACTOR) * FRAME_FACTOR} per video (--nframes {args.nframes})"
     else:
@@ -4790,6 +5221,7 @@ def describe_run(
                      f"{enough} and fewer --gradient_accumulation_steps")  # fmt: skip
     for note in notes:
         say(f"  note       {note}")
+    warn_of_other_layout(encoder)
 
 
 def peak_memory() -> dict:

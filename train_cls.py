@@ -296,14 +296,15 @@ class VideoSequenceClassifier:
 
 @cache
 def classifier_class(model_type: str) -> type:
-    """Qwen2VLForSequenceClassification or Qwen2_5_VLForSequenceClassification, as config.json's `model_type` says.
+    """The class of a family with a head, such as Qwen2_5_VLForSequenceClassification; `model_type`: config.json's.
 
     Made when asked for, because the library's model classes take seconds to import.
     """
     from transformers import conversion_mapping
     from transformers.modeling_layers import GenericForSequenceClassification
 
-    bases = {"qwen2_vl": "Qwen2VLPreTrainedModel", "qwen2_5_vl": "Qwen2_5_VLPreTrainedModel"}
+    bases = {"qwen2_vl": "Qwen2VLPreTrainedModel", "qwen2_5_vl": "Qwen2_5_VLPreTrainedModel",
+             "qwen3_vl": "Qwen3VLPreTrainedModel", "qwen3_5": "Qwen3_5PreTrainedModel"}  # fmt: skip
     base = getattr(transformers, bases[model_type])
     name = base.__name__.replace("PreTrainedModel", "ForSequenceClassification")
     # Weights have other names on the hub than in the model: without its sibling's rules, the class would load a random
@@ -862,8 +863,10 @@ def main():
     with accelerator.main_process_first():
         normalize = partial(normalize_record, problem_type=args.problem_type, default_prompt=args.default_prompt,
                             labels=args.labels)  # fmt: skip
-        records = mv.load_records(args.data_path, normalize, FEATURES)
-        eval_records = mv.load_records(args.eval_path, normalize, FEATURES) if args.eval_path else None
+        records = mv.load_records(args.data_path, normalize, FEATURES, encoder=encoder)
+        eval_records = None
+        if args.eval_path:
+            eval_records = mv.load_records(args.eval_path, normalize, FEATURES, encoder=encoder)
     model_config = check_sets(args, records, eval_records, encoder)
     weights = make_weights(records, model_config, args, accelerator.device)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
@@ -894,7 +897,7 @@ def main():
     if is_main:
         for name in ("metrics.jsonl", "bad_steps.jsonl"):
             mv.cut_jsonl(output_dir / name, state)
-        mv.write_json(output_dir / "arguments.json", {**asdict(args), "position_rule": mv.POSITION_RULE})
+        mv.write_json(output_dir / "arguments.json", {**asdict(args), **mv.conventions(encoder)})
     if trackers:
         config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
         names = {"wandb": {"name": args.run_name}} if args.run_name else {}

@@ -234,7 +234,7 @@ def normalize_record(record: dict, where: str) -> dict:
         raise ValueError(f"{where}: {error}") from None
     rest = {key: value for key, value in record.items() if key not in ("chosen", "rejected", *prompts)}
     row = mv.normalize_conversation({**rest, "messages": prompt}, where)
-    if row["messages"][-1]["role"] != "user":
+    if row["messages"][-1]["role"] not in ("user", "tool"):
         raise ValueError(f"{where}: the prompt must end with a user turn, got {row['messages'][-1]['role']!r}")
     return {**row, "completions": completions}
 
@@ -301,10 +301,10 @@ def _completion(turns, name):
         if any(part["type"] != "text" for part in turn["content"]):
             raise ValueError(f"{name!r}: turn {i} holds a video or image: they belong in the prompt, which both "
                              "answers share")  # fmt: skip
-        if turn["role"] != ("user" if i % 2 else "assistant"):
+        if turn["role"] not in (("user", "tool") if i % 2 else ("assistant",)):
             raise ValueError(f"{name!r}: turn {i} is of {turn['role']!r}; assistant and user turns must alternate, "
                              "the assistant's first")  # fmt: skip
-        if turn["role"] == "assistant" and not any((part["text"] or "").strip() for part in turn["content"]):
+        if turn["role"] == "assistant" and not mv.says_something(turn):
             raise ValueError(f"{name!r}: an assistant ('gpt') turn without text: write the answer or drop the record")
     if all(turn.get("train") is False for turn in turns if turn["role"] == "assistant"):
         raise ValueError(f"{name!r}: no answer in it is learned, all have 'loss': false: drop the record")
@@ -579,8 +579,10 @@ def main():
     args.eval_image_folder = args.eval_image_folder or args.image_folder
     encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():
-        records = mv.load_records(args.data_path, normalize_record, FEATURES)
-        eval_records = mv.load_records(args.eval_path, normalize_record, FEATURES) if args.eval_path else None
+        records = mv.load_records(args.data_path, normalize_record, FEATURES, encoder=encoder)
+        eval_records = None
+        if args.eval_path:
+            eval_records = mv.load_records(args.eval_path, normalize_record, FEATURES, encoder=encoder)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)
@@ -622,7 +624,7 @@ def main():
     if is_main:
         for name in ("metrics.jsonl", "bad_steps.jsonl"):
             mv.cut_jsonl(output_dir / name, state)
-        mv.write_json(output_dir / "arguments.json", {**asdict(args), "position_rule": mv.POSITION_RULE})
+        mv.write_json(output_dir / "arguments.json", {**asdict(args), **mv.conventions(encoder)})
     if trackers:
         config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
         names = {"wandb": {"name": args.run_name}} if args.run_name else {}

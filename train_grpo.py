@@ -244,7 +244,7 @@ def normalize_record(record: dict, where: str) -> dict:
         if both := [key for key in ("conversations", "messages") if fields.get(key) is not None]:
             raise ValueError(f"{where}: fields 'prompt' and {both[0]!r} are both there: keep one of them")
         row = mv.normalize_conversation({**asked, "messages": mv.prompt_turns(prompt)}, where)
-        if row["messages"][-1]["role"] != "user":
+        if row["messages"][-1]["role"] not in ("user", "tool"):
             raise ValueError(f"{where}: 'prompt' must end with a user turn: put the answer into a column of its own, "
                              f"such as {REFERENCES[0]!r}")  # fmt: skip
         if not mv.absent(fields.get("completion")):
@@ -704,6 +704,20 @@ def sample_tokens(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return tokens.clamp(max=scores.shape[1] - 1)
 
 
+def cache_bytes(config) -> tuple[int, int]:
+    """fp32 bytes that decoding keeps: of each token, keys and values; of each completion, recurrent states."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    recurrent = kinds.count("linear_attention")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 4 * 2 * (len(kinds) - recurrent) * config.num_key_value_heads * head_dim
+    if not recurrent:
+        return token, 0
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    convolution = (2 * keys + values) * config.linear_conv_kernel_dim
+    return token, 4 * recurrent * (convolution + values * config.linear_key_head_dim)
+
+
 @torch.no_grad()
 def generate(engine, prompts: list[dict], encoder, args, draws: list[np.ndarray] | None = None, caught=()):
     """Complete encoded prompts: `(ids, logps)`, for each prompt a list of G lists up to and with the end token.
@@ -716,9 +730,8 @@ def generate(engine, prompts: list[dict], encoder, args, draws: list[np.ndarray]
     """
     model, G = engine.raw_model, len(draws[0]) if draws else 1
     config = engine.raw_model.config.get_text_config()
-    token_bytes = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * (
-        config.hidden_size // config.num_attention_heads)  # fmt: skip
-    completion_bytes = args.max_completion_length * token_bytes + 32 * config.vocab_size
+    token_bytes, state_bytes = cache_bytes(config)
+    completion_bytes = args.max_completion_length * token_bytes + state_bytes + 32 * config.vocab_size
     results, chunks = [None] * len(prompts), []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i]["input_ids"])):  # like lengths go together
         room = chunks and len(prompts[chunks[-1][0]]["input_ids"]) * token_bytes + G * completion_bytes
@@ -741,7 +754,6 @@ def generate(engine, prompts: list[dict], encoder, args, draws: list[np.ndarray]
 def _decode(model, prompts, encoder, args, draws, device, caught):
     """One chunk of generate: P prompts with G completions each, in step until all have ended."""
     from transformers import (
-        DynamicCache,
         LogitsProcessorList,
         MinPLogitsWarper,
         RepetitionPenaltyLogitsProcessor,
@@ -758,15 +770,11 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
         ends = parts.cumsum(0)
         output = model(**inputs | {"use_cache": True, "logits_to_keep": (ends - 1).to(device)})
         logits.append(output.logits[0])  # [rows, V]
-        for begin, end, length in zip((ends - parts).tolist(), ends.tolist(), parts.tolist()):
-            columns.append([[torch.nn.functional.pad(x[:, :, begin:end], (0, 0, longest - length, 0))
-                             for x in (layer.keys, layer.values)]
-                            for layer in output.past_key_values.layers])  # fmt: skip
+        for k, (begin, end) in enumerate(zip((ends - parts).tolist(), ends.tolist())):
+            columns.append(prompt_states(output.past_key_values, k, begin, end, longest))
     # The G completions of a prompt are decoded as G queries of one row, which hold the prompt's keys and values once:
     # [P, heads, longest + t·G, D], prompts padded on the left, and behind them the G tokens of each step.
-    cache = DynamicCache(config=model.config.get_text_config())
-    for i in range(len(columns[0])):
-        cache.update(*(torch.cat([column[i][k] for column in columns]) for k in (0, 1)), i)
+    cache = decoding_cache(model.config.get_text_config(), columns, G)
     del columns, output
     logits = torch.cat(logits)[:, None].expand(-1, G, -1)  # [P, G, V]
     sees = (torch.arange(longest) >= longest - lengths[:, None])[:, None, None].expand(-1, 1, G, -1).to(device)
@@ -817,7 +825,7 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
         sees = torch.cat([sees, own.expand(len(rows), 1, G, G)], -1)
         if going is not None and not going.all():  # prompts whose completions have all ended leave
             rows, token, seen, sees = rows[going], token[going], seen[going], sees[going]
-            cache.batch_select_indices(going.nonzero()[:, 0])
+            cache.reorder_cache(going.nonzero()[:, 0])
         logits = model(
             input_ids=token, position_ids=(position[rows] + t).expand(3, G, -1).transpose(1, 2), attention_mask=sees,
             past_key_values=cache, use_cache=True,
@@ -826,6 +834,35 @@ def _decode(model, prompts, encoder, args, draws, device, caught):
     tokens, logps = tokens.tolist(), logps.tolist()
     return [([tokens[p][g][:n] for g, n in enumerate(counts[p])], [logps[p][g][:n] for g, n in enumerate(counts[p])])
             for p in range(P)]  # fmt: skip
+
+
+def prompt_states(cache, k: int, begin: int, end: int, longest: int) -> list:
+    """What each layer keeps of prompt `k` of a packed row, its tokens `begin` to `end`: two tensors.
+
+    Keys and values, padded on the left to [1, heads, longest, D], or what convolution and recurrence go on from.
+    """
+    states = []
+    for layer in cache.layers:
+        if hasattr(layer, "recurrent_states"):
+            states.append([x[k : k + 1] for x in (layer.conv_states[0], layer.recurrent_states[0])])
+        else:
+            pad = (0, 0, longest - (end - begin), 0)
+            states.append([torch.nn.functional.pad(x[:, :, begin:end], pad) for x in (layer.keys, layer.values)])
+    return states
+
+
+def decoding_cache(config, prompts: list, G: int):
+    """The cache to decode G completions of each prompt with: keys and values once, recurrent states [P, G, …]."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        first, second = (torch.cat([prompt[i][k] for prompt in prompts]) for k in (0, 1))
+        if hasattr(layer, "recurrent_states"):
+            mv.set_recurrent_states(layer, *(x[:, None].repeat(1, G, *[1] * (x.ndim - 1)) for x in (first, second)))
+        else:
+            layer.update(first, second)
+    return cache
 
 
 def end_tokens(model, encoder) -> list[int]:
@@ -1123,8 +1160,10 @@ def main():
     args.eval_image_folder = args.eval_image_folder or args.image_folder
     encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():
-        records = mv.load_records(args.data_path, normalize_record, FEATURES)
-        eval_records = mv.load_records(args.eval_path, normalize_record, FEATURES) if args.eval_path else None
+        records = mv.load_records(args.data_path, normalize_record, FEATURES, encoder=encoder)
+        eval_records = None
+        if args.eval_path:
+            eval_records = mv.load_records(args.eval_path, normalize_record, FEATURES, encoder=encoder)
     functions = check_sets(args, records, eval_records, encoder)
     columns, eval_columns = column_names(records), column_names(eval_records) if eval_records else None
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
@@ -1161,7 +1200,7 @@ def main():
     if is_main:
         for name in ("metrics.jsonl", "bad_steps.jsonl", "completions.jsonl"):
             mv.cut_jsonl(output_dir / name, state)
-        mv.write_json(output_dir / "arguments.json", {**asdict(args), "position_rule": mv.POSITION_RULE})
+        mv.write_json(output_dir / "arguments.json", {**asdict(args), **mv.conventions(encoder)})
     if trackers:
         config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
         names = {"wandb": {"name": args.run_name}} if args.run_name else {}

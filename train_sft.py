@@ -60,12 +60,11 @@ def normalize_record(record: dict, where: str, train_on: str = "all") -> dict:
         ValueError: names the record, the field, what was found, what was expected and how to fix it.
     """
     row = mv.normalize_conversation(as_conversation(mv.rename_fields(record, where), where), where)
-    answers = [turn["content"] for turn in row["messages"] if turn["role"] == "assistant"]
-    if not answers:
-        raise ValueError(f"{where}: no assistant ('gpt') turn, so there is nothing to learn; add the answer")
-    if not all(any((part["text"] or "").strip() for part in answer) for answer in answers):
-        raise ValueError(f"{where}: an assistant ('gpt') turn without text; write the answer or drop the record")
     learned = [turn for turn in row["messages"] if turn["role"] == "assistant"]
+    if not learned:
+        raise ValueError(f"{where}: no assistant ('gpt') turn, so there is nothing to learn; add the answer")
+    if not all(mv.says_something(turn) for turn in learned):
+        raise ValueError(f"{where}: an assistant ('gpt') turn without text; write the answer or drop the record")
     for turn in learned[:-1] if train_on == "last" else []:
         turn["train"] = False
     if all(turn.get("train") is False for turn in learned):
@@ -134,8 +133,10 @@ def main():
     encoder = mv.Encoder(args.model_id, args)
     with accelerator.main_process_first():
         normalize = partial(normalize_record, train_on=args.train_on)
-        records = mv.load_records(args.data_path, normalize)
-        eval_records = mv.load_records(args.eval_path, normalize) if args.eval_path else None
+        records = mv.load_records(args.data_path, normalize, encoder=encoder)
+        eval_records = None
+        if args.eval_path:
+            eval_records = mv.load_records(args.eval_path, normalize, encoder=encoder)
     mv.check_files(accelerator, "data_path", records, args.image_folder, encoder)
     mv.check_files(accelerator, "eval_path", eval_records, args.eval_image_folder, encoder)
     stream = mv.SampleStream(encoder, args)
@@ -159,7 +160,7 @@ def main():
     if is_main:
         for name in ("metrics.jsonl", "bad_steps.jsonl"):
             mv.cut_jsonl(output_dir / name, state)
-        mv.write_json(output_dir / "arguments.json", {**asdict(args), "position_rule": mv.POSITION_RULE})
+        mv.write_json(output_dir / "arguments.json", {**asdict(args), **mv.conventions(encoder)})
     if trackers:
         config = {key: value for key, value in asdict(args).items() if isinstance(value, (int, float, str))}
         names = {"wandb": {"name": args.run_name}} if args.run_name else {}

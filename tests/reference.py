@@ -12,6 +12,7 @@ from multivideo import qwen_position_ids
 import av
 import numpy as np
 import qwen_vl_utils
+import multivideo as mv
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig
@@ -48,10 +49,13 @@ def qwen_messages(record, folder, args):
             if part["type"] == "text":
                 content.append({"type": "text", "text": part["text"]})
             elif part["type"] == "image":
-                bounds = {"min_pixels": args.image_min_pixels, "max_pixels": args.image_max_pixels}
+                bounds = dict(zip(("min_pixels", "max_pixels"), mv.pixel_bounds(args, "image", 28)))
                 content.append({"type": "image", "image": os.path.join(folder, part["files"][0]), **bounds})
             else:
-                bounds = {"min_pixels": args.video_min_pixels, "max_pixels": args.video_max_pixels, "fps": args.fps}
+                bounds = {
+                    **dict(zip(("min_pixels", "max_pixels"), mv.pixel_bounds(args, "video", 28))),
+                    "fps": args.fps,
+                }
                 content.append({"type": "video", "video": os.path.join(folder, part["files"][0]), **bounds})
         messages.append({"role": turn["role"], "content": content})
     return messages

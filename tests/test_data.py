@@ -92,7 +92,7 @@ def part_of(item, kind="video"):
 
 def reference_options(args, item):
     """What qwen_vl_utils is told when our side has these arguments and this item's own options."""
-    ele = {"min_pixels": args.video_min_pixels, "max_pixels": args.video_max_pixels}
+    ele = dict(zip(("min_pixels", "max_pixels"), mv.pixel_bounds(args, "video", 28)))
     if args.video_resized_width:
         ele |= {"resized_width": args.video_resized_width, "resized_height": args.video_resized_height}
     ele |= {"nframes": args.nframes} if args.nframes else {"fps": args.fps}
@@ -151,7 +151,7 @@ def test_video_equals_reference(folder, processors, name):
         indices, _ = mv.sample_frames(part, len(reader), reader.get_avg_fps(), args)
         assert indices == metadata["frames_indices"], (flags, item)
         assert torch.equal(mv.read_video(path, lambda *_, taken=indices: taken)[0], raw)
-        frames, fps = mv.load_clip(part, folder, args, 28)
+        frames, fps, _ = mv.load_clip(part, folder, args, 28)
         assert frames.dtype == torch.uint8 and frames.shape == video.shape, (flags, item)
         assert fps == sampled_fps == VideoMetadata(**metadata).sampled_fps
         largest, mean, _ = difference(frames, video)
@@ -251,7 +251,7 @@ def test_short_clips(folder, tiny_model, processors, count):
     args = mv.TrainingArguments(nframes=16, **PIXELS)
     with pytest.raises(ValueError):
         reference._read_video_decord({"video": path, "nframes": 16})
-    frames, fps = mv.load_clip(part_of(path), "", args, 28)
+    frames, fps, _ = mv.load_clip(part_of(path), "", args, 28)
     expected = max(1, count // 2 * 2)
     assert len(frames) == expected and fps == expected / count * decord.VideoReader(path).get_avg_fps()
     patches, grid = mv.patchify(frames, 14, 2)
@@ -281,7 +281,7 @@ def test_real_clips(path):
         raw, metadata, _ = reference._read_video_decord(ele)
         assert torch.equal(mv.read_video(str(path), lambda *_, m=metadata: m["frames_indices"])[0], raw)
         video = reference.fetch_video(ele)
-        frames, _ = mv.load_clip(part_of(ele), "", mv.TrainingArguments(), 28)
+        frames, *_ = mv.load_clip(part_of(ele), "", mv.TrainingArguments(), 28)
         largest, mean, share = difference(frames, video)
         assert mean <= 0.25 and share <= 1e-4 and largest <= 10, (largest, mean, share)
         passes = raw.float()
@@ -557,7 +557,7 @@ def hf_sample(messages, folder, args, processor, model):
                 own = {key: value for key, value in part.items() if key not in ("type", "video")}
                 part = {"type": "video", "video": os.path.join(folder, part["video"]), **reference_options(args, own)}
             elif part["type"] == "image":
-                bounds = {"min_pixels": args.image_min_pixels, "max_pixels": args.image_max_pixels}
+                bounds = dict(zip(("min_pixels", "max_pixels"), mv.pixel_bounds(args, "image", 28)))
                 part = {"type": "image", "image": os.path.join(folder, part["image"]), **bounds}
             content.append(part)
         asked.append({"role": message["role"], "content": content})
@@ -711,8 +711,8 @@ def test_images_equal_reference(folder, name):
         ({"image_resized_width": 100, "image_resized_height": 64}, {"resized_width": 30, "resized_height": 80}),
     ]:  # fmt: skip
         args = mv.TrainingArguments(**flags)
-        frames, _ = mv.load_clip(part_of({"image": path, **item}, "image"), "", args, 28)
-        ele = {"image": path, "min_pixels": args.image_min_pixels, "max_pixels": args.image_max_pixels}
+        frames, *_ = mv.load_clip(part_of({"image": path, **item}, "image"), "", args, 28)
+        ele = {"image": path, **dict(zip(("min_pixels", "max_pixels"), mv.pixel_bounds(args, "image", 28)))}
         if args.image_resized_width:
             ele |= {"resized_width": args.image_resized_width, "resized_height": args.image_resized_height}
         theirs = torch.from_numpy(np.array(reference.fetch_image(ele | item))).permute(2, 0, 1)
@@ -734,7 +734,7 @@ def test_frame_lists_equal_reference(folder, processors, count, monkeypatch):
         ({"video_resized_width": 100, "video_resized_height": 64}, {}), (PIXELS, {"max_pixels": 1600}),
     ]:  # fmt: skip
         args = mv.TrainingArguments(**flags)
-        frames, fps = mv.load_clip(part_of({"video": paths, **item}), "", args, 28)
+        frames, fps, _ = mv.load_clip(part_of({"video": paths, **item}), "", args, 28)
         ele = {"video": paths, **reference_options(args, item), "sample_fps": item.get("fps", args.fps)}
         (theirs, metadata), sampled_fps = reference.fetch_video(
             ele, return_video_sample_fps=True, return_video_metadata=True
