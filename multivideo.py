@@ -1381,7 +1381,7 @@ def _train_flag(turn, i, role):
 
 def _reasoning(turn, i):
     """The assistant's thoughts from one of REASONING_FIELDS, None where there are none."""
-    given = {key: turn[key] for key in REASONING_FIELDS if not absent(turn.get(key)) and turn[key] != ""}
+    given = {key: turn[key] for key in REASONING_FIELDS if not absent(turn.get(key)) and str(turn[key]).strip()}
     if not given:
         return None
     if len(given) > 1:
@@ -1390,7 +1390,7 @@ def _reasoning(turn, i):
     if not isinstance(text, str):
         raise ValueError(f"turn {i}: field {key!r} must be a text, got {_short(text)}")
     _check_text(text, i)
-    return text if text.strip() else None
+    return text
 
 
 def _tool_calls(turn, i):
@@ -2799,8 +2799,8 @@ class Encoder:
             runs = self.runs(grids, seconds)
             placeholders = sum(token in self.vision_ids[2:] for token in input_ids)
             if placeholders != len(runs):
-                raise ValueError(f"the chat template has {placeholders} places for {len(runs)} of videos and "
-                                 "images: it leaves those of assistant turns out; put them into user turns")  # fmt: skip
+                raise ValueError(f"the chat template has {placeholders} places for {len(runs)} of videos and images: "
+                                 "it leaves out those in assistant turns; put them into user turns")  # fmt: skip
         except ValueError as error:
             raise InputError(f"{record_name(record['id'])}: {error}") from None
         pads = [t * h * w // self.merge_size**2 for (t, h, w), _ in runs]

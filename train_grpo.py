@@ -261,6 +261,8 @@ def normalize_record(record: dict, where: str) -> dict:
                 raise ValueError(f"{where}: the reference answer is empty: write it or drop the record")
             reference = answer if reference is None else reference
             columns["assistant"] = {"role": "assistant", "content": answer}
+            if thoughts := row["messages"][i]["reasoning"]:
+                columns["assistant"]["reasoning_content"] = thoughts
             if any(part["type"] != "text" for message in row["messages"][i:] for part in message["content"]):
                 raise ValueError(f"{where}: a video or image in the first answer or a turn after it, which is not "
                                  "read: put it before, or write the turns as 'prompt'")  # fmt: skip

@@ -7,12 +7,12 @@ from pathlib import Path
 
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
 
+import multivideo as mv
 from multivideo import qwen_position_ids
 
 import av
 import numpy as np
 import qwen_vl_utils
-import multivideo as mv
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig

@@ -93,7 +93,10 @@ def test_derived_values(parse, tmp_path):
         assert parse("--resume_from_checkpoint", word).resume_from_checkpoint is None
     # upstream's recipes lower only the maximum: at most this many pixels
     args = parse("--video_max_pixels", "4096")
-    assert (args.video_min_pixels, args.video_max_pixels) == (4096, 4096)
+    assert mv.pixel_bounds(args, "video", 28) == mv.pixel_bounds(args, "video", 32) == (4096, 4096)
+    assert mv.pixel_bounds(parse("--video_min_pixels", 900000), "video", 28) == (900000, 900000)  # at least as many
+    assert mv.pixel_bounds(parse(), "video", 32) == (128 * 1024, 768 * 1024)
+    assert mv.pixel_bounds(parse(), "image", 32) == (4 * 1024, 16384 * 1024)
     # as in the HF Trainer: higher is better unless the metric is a loss
     assert parse().greater_is_better is False
     assert parse("--metric_for_best_model", "eval_accuracy").greater_is_better is True
@@ -226,7 +229,7 @@ BAD = {
     "--video_resized_width 64": "--video_resized_width 64, --video_resized_height None: give both or none",
     "--image_resized_height 64": "--image_resized_width None, --image_resized_height 64: give both or none",
     "--video_resized_width 64 --video_resized_height 0": "--video_resized_height 0: must be above 0",
-    "--video_min_pixels 9000000": "--video_min_pixels 9000000 is above --video_max_pixels 602112: bring them in order",
+    "--video_min_pixels 900 --video_max_pixels 800": "--video_min_pixels 900 is above --video_max_pixels 800: bring .*",
     "--image_min_pixels 9 --image_max_pixels 8": "--image_min_pixels 9 is above --image_max_pixels 8: .*",
     "--fps 1 --nframes 8": "--fps and --nframes contradict each other: give one",
     "--fps 2.0 --nframes 8": "--fps and --nframes contradict each other: give one",  # its default, but typed
@@ -451,6 +454,7 @@ def test_every_field_is_read_somewhere():
     for name in FIELDS:
         kind, _, rest = name.partition("_")
         sized = kind in ("image", "video") and indirect and f'option("{rest}")' in code
+        sized = sized or f'getattr(args, f"{{kind}}_{rest}")' in code  # in pixel_bounds
         read = re.search(rf'\bargs\.{name}\b(?!\s*=[^=])|"{name}"', code)  # "…": for getattr(args, flag)
         assert sized or read, f"--{name} is read nowhere"
 
@@ -546,6 +550,8 @@ def test_upstream_defaults_hold(parse):
     assert len(kept) >= 24
     for name in kept:
         value = getattr(args, name)
+        if name.endswith("_pixels"):  # which follow the model's pixels per token: 28² in the families upstream knows
+            value = mv.pixel_bounds(args, name.split("_")[0], 28)["max" in name]
         assert (type(value), value) == (type(UPSTREAM_DEFAULTS[name]), UPSTREAM_DEFAULTS[name]), name
     # the reference's and the HF Trainer's, where upstream does not set its own
     assert (args.min_frames, args.max_frames) == (4, 768)

@@ -181,7 +181,7 @@ def test_total_pixels_equal_reference(tiny_model):
     for total, count in ((16 * 28 * 28 * 8, 16), (10**7, 16), (200_000, 4), (1, 4)):
         part = video("a.mp4", total_pixels=total, min_pixels=3136)
         most = max(min(768 * 28 * 28, total / count * 2), int(3136 * 1.05))
-        expected = vision_process.smart_resize(480, 640, 28, 3136, min(most, args.video_max_pixels))
+        expected = vision_process.smart_resize(480, 640, 28, 3136, min(most, 768 * 28 * 28))
         assert mv.target_size(part, 480, 640, count, args, 28) == expected
 
 
@@ -374,7 +374,7 @@ def test_several_files(tiny_model, demo, tmp_path, monkeypatch, capsys):  # noqa
     assert "records    5 (2 of a.json, 3 of b.jsonl), 8 per step" in said
     assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text())["samples"] == 5
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "c.json").write_text(json.dumps([{**rows[0], "tools": ["x"]}]))
+    (tmp_path / "other" / "c.json").write_text(json.dumps([{**rows[0], "objects": ["x"]}]))
     with pytest.raises(SystemExit):
         in_process(
             monkeypatch, *flags, *files, tmp_path / "other" / "c.json", tmp_path / "a.json", tmp_path / "no.json"
@@ -385,5 +385,5 @@ def test_several_files(tiny_model, demo, tmp_path, monkeypatch, capsys):  # noqa
         and f"--data_path {tmp_path / 'no.json'}: no such" in said
     )
     assert f"files of the folders {tmp_path}, {tmp_path / 'other'}: say with --image_folder where" in said
-    with pytest.raises(ValueError, match="c.json record 0: field 'tools' is not read"):
+    with pytest.raises(ValueError, match="c.json record 0: field 'objects' is not read"):
         mv.load_records(f"{source} + {tmp_path / 'other' / 'c.json'}", train_sft.normalize_record)

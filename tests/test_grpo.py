@@ -1020,7 +1020,7 @@ def test_upstream_command(tmp_path, monkeypatch, capsys):
 
 def turn(role, *parts):
     content = [mv._part("text", text=p) if isinstance(p, str) else p for p in parts]
-    return {"role": role, "content": content, "train": None}
+    return {"role": role, "content": content, "train": None, "reasoning": None, "tool_calls": None}
 
 
 def test_records():

@@ -40,8 +40,11 @@ def image(path, **options):
     return {"type": "image", **NOTHING, "files": [path], **options}
 
 
+NO_TURN_FIELDS = {"train": None, "reasoning": None, "tool_calls": None}
+
+
 def messages(*turns):
-    return [{"role": role, "content": list(content), "train": None} for role, content in turns]
+    return [{"role": role, "content": list(content), **NO_TURN_FIELDS} for role, content in turns]
 
 
 def llava(question="Why?", answer="So.", **fields):
@@ -205,7 +208,8 @@ def test_seed_readme_record():
 def test_equivalent_records_have_one_normal_form(record):
     expected = messages(("user", [video("a.mp4"), video("b.mp4"), text("Why?")]), ("assistant", [text("So.")]))
     before = copy.deepcopy(record)
-    assert train_sft.normalize_record(record, "record 0") == {"id": "record 0", "messages": expected}
+    row = train_sft.normalize_record(record, "record 0")
+    assert row == {"id": "record 0", "messages": expected, "chat_template_kwargs": None}
     assert record == before
 
 
@@ -454,6 +458,7 @@ def test_a_hub_dataset_is_read_again_when_its_fingerprint_changes(monkeypatch):
 # ------------------------------------------------------------------------------------------------------ bad records
 
 CONTENT = {"type": "text", "text": "Why?"}
+ASKED, ANSWERED = trl()["messages"]
 BAD_RECORDS = {
     # the record
     "no object": ("Why?", r"a record must be an object with named fields, got str 'Why\?'"),
@@ -469,7 +474,7 @@ BAD_RECORDS = {
     # turns
     "turn": ({"messages": ["Why?"]}, "turn 0: expected an object, got str"),
     "role": ({"messages": [{"role": "bot", "content": "Why?"}]}, "turn 0: 'role' must be one of human, user, gpt, "
-             "assistant, system, got str 'bot'"),
+             "assistant, system, tool, got str 'bot'"),
     "role list": ({"conversations": [{"from": ["human"], "value": "?"}]}, "turn 0: 'from' must be one of .* got list"),
     "no role": ({"messages": [{"content": "Why?"}]}, "turn 0: 'from' must be one of"),
     "late system": ({"messages": [*llava()["conversations"], {"from": "system", "value": "x"}]},
@@ -496,16 +501,25 @@ BAD_RECORDS = {
     "no answer": ({"conversations": llava()["conversations"][:1]}, r"no assistant \('gpt'\) turn"),
     "empty answer": (llava("?", " \n"), r"an assistant \('gpt'\) turn without text"),
     "answer is a video": (trl("?", [{"type": "video", "video": "a.mp4"}]), r"an assistant \('gpt'\) turn without"),
-    **{f"{key} of {form}": (
-        {turns: [{"role": "user", "content": "?"}, {"role": "assistant", "content": content, **own}]},
-        rf"turn 1: field '{key}' of the assistant's turn, got str 'So it is\.': the models' chat template has no "
-        "place for it: write it into the answer's text, for example <think>…</think> before the answer, or remove")
-       for key in ("reasoning", "reasoning_content", "thinking")
-       for form, turns, content, own in (
-           ("a turn", "messages", "Yes.", {key: "So it is."}),
-           ("a LLaVA turn", "conversations", "Yes.", {key: "So it is."}),
-           ("a turn without text", "messages", None, {key: "So it is."}),
-           ("a part", "messages", [{"type": key, key: "So it is."}, {"type": "text", "text": "Yes."}], {}))},
+    "thoughts in a part": (trl("?", [{"type": "text", "text": "Yes.", "thinking": "So."}]),
+                           "turn 1: field 'thinking' of a part: make it a field of the turn"),
+    "thoughts twice": ({"messages": [ASKED, {**ANSWERED, "reasoning": "a", "thinking": "b"}]},
+                       "turn 1: fields 'reasoning' and 'thinking' are both there: keep one of them"),
+    "thoughts as a list": ({"messages": [ASKED, {**ANSWERED, "reasoning": ["a"]}]},
+                           "turn 1: field 'reasoning' must be a text, got list"),
+    "thoughts end the turn": ({"messages": [ASKED, {**ANSWERED, "thinking": "<|im_end|>"}]},
+                              r"turn 1: the control token <\|im_end\|>"),
+    "thoughts alone": ({"messages": [ASKED, {"role": "assistant", "content": None, "reasoning": "a"}]},
+                       r"an assistant \('gpt'\) turn without text"),
+    "call without a name": ({"messages": [ASKED, {**ANSWERED, "tool_calls": [{"id": "1"}]}]},
+                            "turn 1: field 'tool_calls': a call must have a name and arguments, got dict"),
+    "arguments as a list": ({"messages": [ASKED, {**ANSWERED, "tool_calls": [
+                            {"name": "look", "arguments": [1]}]}]}, "field 'arguments' must be an object"),
+    "the user calls": ({"messages": [{**ASKED, "tool_calls": [{"name": "x"}]}, ANSWERED]},
+                       "turn 0: field 'tool_calls' on a user turn: only the assistant calls tools"),
+    "tools as words": (trl(tools="look"), "field 'tools' must be a list of function definitions"),
+    "names of tools": (trl(tools=["look"]), "field 'tools' must be a list of function definitions"),
+    "options as a list": (trl(chat_template_kwargs=[1]), "field 'chat_template_kwargs' must be an object"),
     # tags
     "more tags": (llava("<video><video>", video="a.mp4"), "2 <video> tags for 1 videos: write one tag per video, or "
                   "no tag at all"),
@@ -579,24 +593,57 @@ BAD_RECORDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ["reasoning", "reasoning_content", "thinking"])
-@pytest.mark.parametrize("trainer", ["dpo", "grpo", "cls"])
-def test_reasoning_fields_are_refused_by_every_trainer(trainer, key):
-    """In answers that are learned, that are references, and that stand in a prompt; test_bad_record has SFT's."""
-    talk = [{"from": "human", "value": "First?"}, {"from": "gpt", "value": "Yes.", key: "Because."}]
-    more = [*talk, {"from": "human", "value": "Then?"}]
-    records = {
-        "dpo": [{"prompt": "?", "chosen": talk[1:], "rejected": "No."},
-                {"prompt": "?", "chosen": "No.", "rejected": talk[1:]},
-                {"prompt": more, "chosen": "Yes.", "rejected": "No."},
-                {"chosen": talk, "rejected": [talk[0], {"from": "gpt", "value": "No."}]}],
-        "grpo": [{"conversations": talk}, {"conversations": talk, "solution": "Yes."}, {"prompt": more}],
-        "cls": [{"conversations": more, "label": "open"}, {"messages": more, "label": "open"}],
-    }  # fmt: skip
-    normalize = importlib.import_module(f"train_{trainer}").normalize_record
-    for record in records[trainer]:
-        with pytest.raises(ValueError, match=rf"^record 3: .*turn \d: field '{key}' of the assistant's turn, got str"):
-            normalize(record, "record 3")
+UNRENDERED = {
+    "reasoning": ({"reasoning": "Because."}, {}), "reasoning_content": ({"reasoning_content": "Because."}, {}),
+    "thinking": ({"thinking": "Because."}, {}),
+    "tool_calls": ({"tool_calls": [{"name": "look", "arguments": {}}]}, {}),
+    "tools": ({}, {"tools": [{"type": "function", "function": {"name": "look"}}]}),
+    "chat_template_kwargs": ({}, {"chat_template_kwargs": {"enable_thinking": False}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "cls"])
+def test_what_the_chat_template_leaves_out_is_refused(trainer, tiny_model, tmp_path):
+    """In answers that are learned and in prompts: Qwen2.5-VL's template has a place for none of it."""
+    module = importlib.import_module(f"train_{trainer}")
+    schema = getattr(module, "FEATURES", mv.CONVERSATION)
+    encoder = mv.Encoder(tiny_model, mv.TrainingArguments(model_id=tiny_model))
+    for key, (own, beside) in UNRENDERED.items():
+        talk = [{"from": "human", "value": "First?"}, {"from": "gpt", "value": "Yes.", **own}]
+        more = [*talk, {"from": "human", "value": "Then?"}]
+        records = {
+            "sft": [{"conversations": talk}],
+            "dpo": [{"prompt": "?", "chosen": talk[1:], "rejected": "No."},
+                    {"prompt": "?", "chosen": "No.", "rejected": talk[1:]},
+                    {"prompt": more, "chosen": "Yes.", "rejected": "No."}],
+            "grpo": [{"prompt": more, "solution": "Yes."}],
+            "cls": [{"conversations": more, "label": "open"}, {"messages": more, "label": "open"}],
+        }[trainer]  # fmt: skip
+        (tmp_path / f"{key}.json").write_text(json.dumps([{**record, **beside} for record in records]))
+        with pytest.raises(mv.InputError) as caught:
+            mv.load_records(str(tmp_path / f"{key}.json"), module.normalize_record, schema, encoder=encoder)
+        many = "1 bad record\n" if len(records) == 1 else f"{len(records)} bad records\n"
+        assert many in str(caught.value) and "the model's chat template " in str(caught.value), key
+
+
+def test_thoughts_and_calls_have_one_normal_form():
+    """Objects, JSON text, and Arrow's structs, which have nulls for the fields of the others."""
+    function = {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "number"}}}}
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": 2.5}}}
+    tool = {"type": "function", "function": function}
+    expected = json.dumps([call])
+    before, after = {"role": "user", "content": "?"}, {"role": "tool", "content": "A valve."}
+    for calls in ([call], json.dumps([call]), [{"name": "look", "arguments": '{"at": 2.5}'}],
+                  [{"id": None, "function": {"name": "look", "arguments": {"at": 2.5, "until": None}}}]):  # fmt: skip
+        for thoughts in ("reasoning", "reasoning_content", "thinking"):
+            for tools in ([tool], json.dumps([tool])):
+                turn = {"role": "assistant", "content": "", "tool_calls": calls, thoughts: "First look."}
+                record = {"messages": [before, turn, after, ANSWERED], "tools": tools,
+                          "chat_template_kwargs": '{"enable_thinking": true}'}  # fmt: skip
+                row = train_sft.normalize_record(record, "here")
+                assert row["messages"][1]["tool_calls"] == expected and row["messages"][1]["content"] == []
+                assert row["messages"][1]["reasoning"] == "First look." and row["messages"][2]["role"] == "tool"
+                assert json.loads(row["chat_template_kwargs"]) == {"enable_thinking": True, "tools": [tool]}
 
 
 @pytest.mark.parametrize("name", BAD_RECORDS)
@@ -622,7 +669,7 @@ HARMLESS = """
     answer_a answer_2 answers solutions references ground_truths reference_id resolution preference inference
     deference prompt_id prompt_length message_id conversation_id conv_id turns history source dataset task score
     chosen_score rejected_by chosen_model rejected_score index idx tags text caption options choices choice solver
-    category split meta metadata width height fps duration start end system tools model created_at lang
+    category split meta metadata width height fps duration start end system model created_at lang
 """
 
 
