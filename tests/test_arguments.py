@@ -229,7 +229,7 @@ BAD = {
     "--video_resized_width 64": "--video_resized_width 64, --video_resized_height None: give both or none",
     "--image_resized_height 64": "--image_resized_width None, --image_resized_height 64: give both or none",
     "--video_resized_width 64 --video_resized_height 0": "--video_resized_height 0: must be above 0",
-    "--video_min_pixels 900 --video_max_pixels 800": "--video_min_pixels 900 is above --video_max_pixels 800: bring .*",
+    "--video_min_pixels 900 --video_max_pixels 800": "--video_min_pixels 900 is above --video_max_pixels 800: .*",
     "--image_min_pixels 9 --image_max_pixels 8": "--image_min_pixels 9 is above --image_max_pixels 8: .*",
     "--fps 1 --nframes 8": "--fps and --nframes contradict each other: give one",
     "--fps 2.0 --nframes 8": "--fps and --nframes contradict each other: give one",  # its default, but typed
