@@ -44,3 +44,33 @@ def tiny_qwen2_vl(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "qwen2_vl"
     save_tiny_model(path, family="qwen2_vl")
     return str(path)
+
+
+def save_distinct(path, family, template, **sizes):
+    """Save a tiny model with the real chat template, and with norms and biases that are neither 1 nor 0.
+
+    Whatever a forward leaves out then shows.
+    """
+    from make_demo import save_tiny_model
+    from reference import real_template
+    from safetensors.torch import load_file, save_file
+
+    save_tiny_model(path, family, initializer_range=0.08, chat_template=real_template(template), **sizes)
+    weights, generator = load_file(path / "model.safetensors"), torch.Generator().manual_seed(1)
+    for weight in weights.values():
+        if weight.ndim == 1:
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_vl(tmp_path_factory):
+    """Folder of a tiny random Qwen3-VL with its processor; what the tower adds to two of three layers has effects."""
+    return save_distinct(tmp_path_factory.mktemp("models") / "qwen3_vl", "qwen3_vl", "qwen3_vl", num_layers=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_5(tmp_path_factory):
+    """Folder of a tiny random Qwen3.5 with its processor; its template does not think unless asked."""
+    return save_distinct(tmp_path_factory.mktemp("models") / "qwen3_5", "qwen3_5", "qwen3_5_nothink")

@@ -1,5 +1,6 @@
 """The usual way, as an independent reference: qwen_vl_utils, HF processor, plain HF model, one sample at a time."""
 
+import importlib.util
 import json
 import os
 import runpy
@@ -7,8 +8,7 @@ from pathlib import Path
 
 os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
 
-import multivideo as mv
-from multivideo import qwen_position_ids
+from multivideo import pixel_bounds, qwen_position_ids
 
 import av
 import numpy as np
@@ -33,6 +33,12 @@ def write_clip(path, width, height, num_frames, rate=8, seed=0):
         container.mux(stream.encode())
 
 
+def real_template(name):
+    """The chat template of a real model, as TRL keeps it."""
+    (folder,) = importlib.util.find_spec("trl").submodule_search_locations
+    return (Path(folder) / "chat_templates" / f"{name}.jinja").read_text()
+
+
 def run_lines(code, folder, **names):
     """Run Python lines of a page with these names; returns all names that there are then."""
     path = Path(folder) / "lines.py"
@@ -40,7 +46,7 @@ def run_lines(code, folder, **names):
     return runpy.run_path(str(path), names)
 
 
-def qwen_messages(record, folder, args):
+def qwen_messages(record, folder, args, factor=28):
     """A normal record as the messages that qwen_vl_utils reads, with the same sampling options."""
     messages = []
     for turn in record["messages"]:
@@ -48,25 +54,29 @@ def qwen_messages(record, folder, args):
         for part in turn["content"]:
             if part["type"] == "text":
                 content.append({"type": "text", "text": part["text"]})
-            elif part["type"] == "image":
-                bounds = dict(zip(("min_pixels", "max_pixels"), mv.pixel_bounds(args, "image", 28)))
-                content.append({"type": "image", "image": os.path.join(folder, part["files"][0]), **bounds})
+                continue
+            least, most = pixel_bounds(args, "image" if part["type"] == "image" else "video", factor)
+            item = {"min_pixels": least, "max_pixels": most}
+            if part["type"] == "image":
+                content.append({"type": "image", "image": os.path.join(folder, part["files"][0]), **item})
             else:
-                bounds = {
-                    **dict(zip(("min_pixels", "max_pixels"), mv.pixel_bounds(args, "video", 28))),
-                    "fps": args.fps,
-                }
-                content.append({"type": "video", "video": os.path.join(folder, part["files"][0]), **bounds})
+                item |= {"fps": args.fps}
+                content.append({"type": "video", "video": os.path.join(folder, part["files"][0]), **item})
         messages.append({"role": turn["role"], "content": content})
     return messages
 
 
-def hf_inputs(record, folder, args, processor):
-    """The HF processor's tensors for one conversation, given true video metadata, Qwen's positions, and its labels."""
-    messages = qwen_messages(record, folder, args)
-    text = processor.apply_chat_template(messages, tokenize=False)
+def hf_inputs(record, folder, args, processor, **template):
+    """The HF processor's tensors for one conversation, given true video metadata, and its labels.
+
+    With Qwen2-VL's and Qwen2.5-VL's positions as in their training; newer models count their own. `template`: what
+    the chat template is given.
+    """
+    patch_size = processor.image_processor.patch_size
+    messages = qwen_messages(record, folder, args, 2 * patch_size)
+    text = processor.apply_chat_template(messages, tokenize=False, **template)
     images, videos, _ = qwen_vl_utils.process_vision_info(
-        messages, return_video_kwargs=True, return_video_metadata=True
+        messages, return_video_kwargs=True, return_video_metadata=True, image_patch_size=patch_size
     )
     kwargs = {}
     if videos:
@@ -74,23 +84,34 @@ def hf_inputs(record, folder, args, processor):
     inputs = processor(
         text=[text], images=images, **kwargs, do_resize=False, do_sample_frames=False, return_tensors="pt"
     )
-    inputs["position_ids"] = qwen_position_ids(inputs, AutoConfig.from_pretrained(args.model_id))
-    return inputs, assistant_labels(inputs["input_ids"][0].tolist(), processor.tokenizer)
+    config = AutoConfig.from_pretrained(args.model_id)
+    if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        inputs["position_ids"] = qwen_position_ids(inputs, config)
+    question = [{"role": "user", "content": "?"}]
+    template["add_generation_prompt"] = True
+    given = processor.apply_chat_template(question, tokenize=False, **template).rpartition("assistant\n")[2]
+    return inputs, assistant_labels(inputs["input_ids"][0].tolist(), processor.tokenizer, given)
 
 
-def assistant_labels(ids, tokenizer):
-    """Labels found in the token stream alone: what follows `<|im_start|>assistant\\n`, up to and with `<|im_end|>`."""
+def assistant_labels(ids, tokenizer, given=""):
+    """Labels found in the token stream alone: what follows `<|im_start|>assistant\n`, up to and with `<|im_end|>`.
+
+    But for `given`, with which the generation prompt begins the answer.
+    """
     opening = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+    given = tokenizer.encode(given, add_special_tokens=False)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     vision = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"])
     labels, i = [-100] * len(ids), 0
     while i < len(ids):
         if ids[i : i + len(opening)] == opening:
             i += len(opening)
-            while ids[i] != end:
+            i += len(given) if ids[i : i + len(given)] == given else 0
+            while i < len(ids) and ids[i] != end:
                 labels[i] = -100 if ids[i] in vision else ids[i]
                 i += 1
-            labels[i] = end
+            if i < len(ids):
+                labels[i] = end
         i += 1
     return torch.tensor(labels)
 

@@ -1,9 +1,10 @@
-"""Make a tiny Qwen2.5-VL and a small data set of many-video conversations, without any download.
+"""Make a tiny Qwen-VL and a small data set of many-video conversations, without any download.
 
     python tools/make_demo.py --output_dir demo
 
 writes
-    demo/model            random weights, about 1 MB, with a real processor for `AutoProcessor.from_pretrained`
+    demo/model            random weights, about 1 MB, with a real processor for `AutoProcessor.from_pretrained`;
+                          a Qwen2.5-VL unless --family names another
     demo/videos/*.mp4     short H.264 clips: a moving texture, mixed sizes, frame rates and lengths
     demo/sft_train.json   records of 30 videos each; demo/sft_eval.json shares neither a file nor any content with it
     demo/dpo_train.json   the same records as pairs: the right answer is preferred to a wrong one; demo/dpo_eval.json
@@ -49,6 +50,8 @@ SPECIAL_TOKENS = [  # in the order of Qwen's own vocabulary
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
+# Qwen3-VL and Qwen3.5 have tokens for these as well; they are text, which `skip_special_tokens` keeps.
+TAG_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
 # ChatML as Qwen2-VL and Qwen2.5-VL write it.
 CHAT_TEMPLATE = """\
@@ -69,9 +72,51 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif -%}
 """.replace("SYSTEM_PROMPT", SYSTEM_PROMPT)
 
+# Qwen3-VL's ChatML has no system message of its own.
+QWEN3_VL_TEMPLATE = "".join(line for line in CHAT_TEMPLATE.splitlines(True) if SYSTEM_PROMPT not in line)
 
-def build_processor(family):
-    """A processor of the family whose byte-level BPE knows any text, and the demo's words as one token each."""
+# Qwen3.5's, without tools: text is trimmed; answers to the last question have a thought, be it an empty one; and the
+# generation prompt has the empty one unless `enable_thinking` is true, as in the small models' own template.
+QWEN3_5_TEMPLATE = """\
+{%- set pads = {"image": "<|vision_start|><|image_pad|><|vision_end|>",
+                "video": "<|vision_start|><|video_pad|><|vision_end|>"} -%}
+{%- macro text(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {{- part["text"] if part["type"] == "text" else pads[part["type"]] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set last = namespace(question=-1) -%}
+{%- for message in messages -%}
+    {%- if message["role"] == "user" %}{% set last.question = loop.index0 %}{% endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+    {{- "<|im_start|>" + message["role"] + "\\n" -}}
+    {%- if message["role"] == "assistant" and loop.index0 > last.question -%}
+        {{- "<think>\\n" + message["reasoning_content"] | default("", true) | trim + "\\n</think>\\n\\n" -}}
+    {%- endif -%}
+    {{- text(message["content"]) | trim + "<|im_end|>\\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "<|im_start|>assistant\\n<think>\\n" + ("" if enable_thinking is true else "\\n</think>\\n\\n") -}}
+{%- endif -%}
+"""
+CHAT_TEMPLATES = {
+    "qwen2_vl": CHAT_TEMPLATE,
+    "qwen2_5_vl": CHAT_TEMPLATE,
+    "qwen3_vl": QWEN3_VL_TEMPLATE,
+    "qwen3_5": QWEN3_5_TEMPLATE,
+}
+
+
+def build_processor(family, chat_template=None):
+    """A processor of the family whose byte-level BPE knows any text, and the demo's words as one token each.
+
+    `chat_template` (default: the demo's own of the family) may be the model's real one.
+    """
     import tokenizers
     import transformers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -88,38 +133,51 @@ def build_processor(family):
 
     vocab = dict(learned["vocab"])
     vocab.update({token: len(vocab) + i for i, token in enumerate(SPECIAL_TOKENS)})
-    tokenizer = transformers.Qwen2Tokenizer(
+    tokenizer_class = transformers.Qwen3_5Tokenizer if family == "qwen3_5" else transformers.Qwen2Tokenizer
+    tokenizer = tokenizer_class(
         vocab=vocab, merges=[tuple(pair) for pair in learned["merges"]], unk_token=None, eos_token="<|im_end|>",
         pad_token="<|endoftext|>", extra_special_tokens=SPECIAL_TOKENS[1:], model_max_length=131072,
     )  # fmt: skip
     tokenizer.padding_side = "left"
+    chat_template = chat_template or CHAT_TEMPLATES[family]
+    if family in ("qwen3_vl", "qwen3_5"):
+        tokenizer.add_tokens(TAG_TOKENS)
+        half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        image_processor = transformers.Qwen2VLImageProcessor(
+            patch_size=16, size={"shortest_edge": 256 * 256, "longest_edge": 32 * 32 * 16384}, **half
+        )
+        video_processor = transformers.Qwen3VLVideoProcessor(
+            size={"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 24576}, **half
+        )
+        return transformers.Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=chat_template)
     image_processor = transformers.Qwen2VLImageProcessor(
         size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
     )
     video_processor = transformers.Qwen2VLVideoProcessor()
     processor = {"qwen2_vl": transformers.Qwen2VLProcessor, "qwen2_5_vl": transformers.Qwen2_5_VLProcessor}[family]
-    return processor(image_processor, tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
+    return processor(image_processor, tokenizer, video_processor, chat_template=chat_template)
 
 
 def save_tiny_model(
-    path, family="qwen2_5_vl", *, hidden_size=64, intermediate_size=None, num_layers=2, num_heads=None,
+    path, family="qwen2_5_vl", *, hidden_size=64, intermediate_size=None, num_layers=None, num_heads=None,
     num_kv_heads=None,
     vision_hidden_size=None, vision_intermediate_size=None, vision_num_heads=None, depth=2, fullatt_block_indexes=None,
-    vocab_size=None, tie_word_embeddings=False, initializer_range=0.02, seed=0,
+    vocab_size=None, tie_word_embeddings=False, initializer_range=0.02, chat_template=None, seed=0,
 ):  # fmt: skip
-    """Save a random-weight model of `family` ("qwen2_5_vl" or "qwen2_vl") and its processor to `path`; return `path`.
+    """Save a random-weight model of `family` (a key of CHAT_TEMPLATES) and its processor to `path`; return `path`.
 
-    Sizes not given follow from `hidden_size`: heads of 16, half as many key-value heads, a tower of the same width.
-    `vocab_size` (default: the tokenizer's length, rounded up to 64) may be raised to 151936 to make the head as
-    expensive as the real one. What data code depends on (patch 14, temporal patch 2, merge 2, window 112, 2 positions
-    per second) is as in the real models. The weights depend on `seed` alone; torch's own
-    random state is left as it was.
+    Sizes not given follow from `hidden_size`: heads of 16 (Qwen3-VL and Qwen3.5: 32), half as many key-value heads, a
+    tower of the same width; two layers, or for Qwen3.5 three recurrent ones and one of attention. `vocab_size`
+    (default: the tokenizer's length, rounded up to 64) may be raised to 151936 to make the head as expensive as the
+    real one. What data code depends on (patch 14 or 16, temporal patch 2, merge 2, window 112, 2 positions per second)
+    is as in the real models. The weights depend on `seed` alone; torch's own random state is left as it was.
     """
     import torch
     import transformers
 
-    processor = build_processor(family)
+    processor = build_processor(family, chat_template)
     tokenizer = processor.tokenizer
+    num_layers = num_layers or (4 if family == "qwen3_5" else 2)
     vocab_size = vocab_size or -(-len(tokenizer) // 64) * 64
     if vocab_size < len(tokenizer):
         raise ValueError(
@@ -148,6 +206,26 @@ def save_tiny_model(
         config_class, model_class = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
         mlp_ratio = vision_intermediate_size // vision_hidden_size
         vision_config.update(embed_dim=vision_hidden_size, hidden_size=hidden_size, mlp_ratio=mlp_ratio)
+    elif family in ("qwen3_vl", "qwen3_5"):
+        prefix = {"qwen3_vl": "Qwen3VL", "qwen3_5": "Qwen3_5"}[family]
+        config_class = getattr(transformers, f"{prefix}Config")
+        model_class = getattr(transformers, f"{prefix}ForConditionalGeneration")
+        vision_config.update(
+            hidden_size=vision_hidden_size, out_hidden_size=hidden_size, intermediate_size=vision_intermediate_size,
+            patch_size=16, num_position_embeddings=64,
+        )  # fmt: skip
+        head = text_config["head_dim"] = hidden_size // num_heads * 2  # in many real sizes, too, not hidden / heads
+        rope = text_config["rope_parameters"]
+        if family == "qwen3_vl":
+            vision_config["deepstack_visual_indexes"] = list(range(min(depth, num_layers - 1)))
+        else:
+            rope["partial_rotary_factor"] = 0.5
+            text_config.update(
+                linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=num_heads // 2,
+                linear_num_value_heads=num_heads,
+            )  # fmt: skip
+        half = int(head * rope.get("partial_rotary_factor", 1)) // 2  # interleaved over time, height and width
+        rope.update(mrope_section=[half - half // 3 * 2] + [half // 3] * 2, mrope_interleaved=True, rope_theta=5e6)
     else:
         config_class, model_class = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
         if fullatt_block_indexes is None:
@@ -254,7 +332,9 @@ def write_json(path, value):
     os.replace(aside, path)
 
 
-def make_demo(output_dir, *, num_train=None, num_eval=None, videos_per_sample=30, small=False, seed=0):
+def make_demo(
+    output_dir, *, family="qwen2_5_vl", num_train=None, num_eval=None, videos_per_sample=30, small=False, seed=0
+):
     """Make the model and the data set in `output_dir`, unless this script made them there with these settings."""
     output_dir = Path(output_dir)
     num_train = (24 if small else 768) if num_train is None else num_train
@@ -264,8 +344,9 @@ def make_demo(output_dir, *, num_train=None, num_eval=None, videos_per_sample=30
             f"num_train {num_train}, num_eval {num_eval}, videos_per_sample {videos_per_sample}: give at least 1"
         )
     settings = dict(
-        num_train=num_train, num_eval=num_eval, videos_per_sample=videos_per_sample, small=small, seed=seed
-    )
+        family=family, num_train=num_train, num_eval=num_eval, videos_per_sample=videos_per_sample, small=small,
+        seed=seed,
+    )  # fmt: skip
     settings["script"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     done, videos = output_dir / "demo.json", output_dir / "videos"
     if done.exists() and json.loads(done.read_text()) == settings:
@@ -275,7 +356,7 @@ def make_demo(output_dir, *, num_train=None, num_eval=None, videos_per_sample=30
     videos.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     # A wide initialisation lets so small a model learn from its vision tower within a few hundred steps.
-    save_tiny_model(output_dir / "model", vision_hidden_size=32, initializer_range=0.1, seed=seed)
+    save_tiny_model(output_dir / "model", family, vision_hidden_size=32, initializer_range=0.1, seed=seed)
     num_grey, num_per_colour = max(videos_per_sample, 32 if small else 96), 2 if small else 24
     train = make_split("train", videos, num_train, videos_per_sample, num_grey, num_per_colour, seed)
     held_out = make_split("eval", videos, num_eval, videos_per_sample, num_grey, num_per_colour, seed)
@@ -298,6 +379,9 @@ def make_demo(output_dir, *, num_train=None, num_eval=None, videos_per_sample=30
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default="demo", help="directory to write to (default: demo)")
+    parser.add_argument(
+        "--family", choices=CHAT_TEMPLATES, default="qwen2_5_vl", help="family of the model (default: qwen2_5_vl)"
+    )
     parser.add_argument("--num_train", type=int, help="training records (default: 768, with --small 24)")
     parser.add_argument("--num_eval", type=int, help="held-out records (default: 120, with --small 12)")
     parser.add_argument("--videos_per_sample", type=int, default=30, help="videos in each record (default: 30)")
