@@ -2580,7 +2580,7 @@ class Encoder:
         self.end_of_turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
         self.vision_ids = self.tokenizer.convert_tokens_to_ids(names)
-        self._prefixes = {}  # of generation_prefix
+        self._of_template = {}  # what is known of the chat template
 
     def render(self, turns: list[dict], options: str | None = None, **kwargs) -> str:
         """Turns of the schema as the chat template writes them, one pad token per clip or, with times, per 2 frames.
@@ -2616,11 +2616,16 @@ class Encoder:
         metadata = transformers.video_utils.VideoMetadata(len(times), fps=1.0, frames_indices=list(times))
         return self.processor.replace_video_token({"video_grid_thw": one, "video_metadata": [metadata]}, 0)
 
-    def time_tokens(self, times: list[float]) -> int:
-        """At most so many tokens a video of these times has beside each temporal patch: its time stamp and borders."""
+    def stamp_tokens(self, times: list[float]) -> int:
+        """Tokens of a video of these times beside its visual ones: a time stamp and two borders per temporal patch."""
         if self.timing != "text" or not times:
             return 0
-        return len(self.tokenizer(self.time_stamps([times[-1]]), add_special_tokens=False)["input_ids"]) - 1
+        input_ids = self.tokenizer(self.time_stamps(times), add_special_tokens=False)["input_ids"]
+        return len(input_ids) - math.ceil(len(times) / FRAME_FACTOR)
+
+    def time_tokens(self, times: list[float]) -> int:
+        """The most of stamp_tokens that one temporal patch has: later times have more digits."""
+        return self.stamp_tokens(times[-1:])
 
     def video_layout(self) -> str:
         """How the installed processor writes a video of a family that has time stamps: one frame at 0 seconds."""
@@ -2631,6 +2636,12 @@ class Encoder:
 
     def template_reads(self) -> dict[str, bool]:
         """Which of UNRENDERED the chat template has a place for."""
+        key = self.chat_template, json.dumps(self.template_kwargs)
+        if key not in self._of_template:
+            self._of_template[key] = self._probe_template()
+        return self._of_template[key]
+
+    def _probe_template(self):
         user = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": "!"}]}
         call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
@@ -2655,11 +2666,11 @@ class Encoder:
     def generation_prefix(self, options: str | None = None) -> str:
         """What the chat template writes after `<|im_start|>assistant` for the model to go on from, such as <think>."""
         key = self.chat_template, json.dumps(self.template_kwargs), options
-        if key not in self._prefixes:
+        if key not in self._of_template:
             question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
             text = self.render(question, options, add_generation_prompt=True)
-            self._prefixes[key] = text.rpartition("<|im_start|>assistant\n")[2]
-        return self._prefixes[key]
+            self._of_template[key] = text.rpartition("<|im_start|>assistant\n")[2]
+        return self._of_template[key]
 
     def tokenize(self, messages: list[dict], completions: list[list[dict]] | None = None, options: str | None = None):
         """Chat template → `[(input_ids, labels)]` of a conversation, or of a prompt and of each completion after it.

@@ -163,7 +163,7 @@ def test_tokens_are_those_of_the_encoder(tiny_model, folder, records, tmp_path, 
         sample = encoder(row, str(folder))
         assert encoder.last_position(row, str(folder)) == sample["position_ids"][1:].max()
         grid = sample["video_grid_thw"]
-        columns = "id, total, visual, learned, videos, images, whole > visual, last"
+        columns = "id, total, visual, learned, videos, images, whole > fitted, last"
         ours = found(f"SELECT {columns} FROM good WHERE number = ?", number).fetchone()
         learned = int((sample["labels"] != -100).sum())
         visual = int(grid.prod(1).sum()) // 4

@@ -176,12 +176,20 @@ def read_record(item) -> dict:
     try:
         if isinstance(record, ValueError):
             raise ValueError(f"{where}: {record}")
-        row = _worker["normalize"](record, where)
-        (ids, labels), *answers = _worker["encoder"].tokenize(row["messages"], row.get("completions"))
+        encoder, row = _worker["encoder"], _worker["normalize"](record, where)
+        try:
+            mv.check_rendered(row, encoder.template_reads(), encoder.chat_template)
+            options = row["chat_template_kwargs"]
+            (ids, labels), *answers = encoder.tokenize(row["messages"], row.get("completions"), options)
+            parts = [part for turn in row["messages"] for part in turn["content"] if part["type"] != "text"]
+            if sum(token in encoder.vision_ids[2:] for token in ids) != len(parts):
+                raise ValueError("the chat template leaves out videos or images in assistant turns: put them into "
+                                 "user turns")  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     except Exception as error:  # whatever it is, it would end a run
         message = str(error) if isinstance(error, ValueError) else f"{where}: {type(error).__name__}: {error}"
         return {"place": where, "problem": message}
-    parts = [part for message in row["messages"] for part in message["content"] if part["type"] != "text"]
     clips = [{key: part[key] for key in mv.PART if part[key] is not None and key != "text"} for part in parts]
     lengths = [len(answer) for answer, _ in answers]
     return {
@@ -189,8 +197,19 @@ def read_record(item) -> dict:
         "text": len(ids) - len(parts) + sum(lengths), "beside": sum(lengths) - max(lengths, default=0),
         "learned": sum(label != -100 for _, part in [(ids, labels), *answers] for label in part),
         "clips": [json.dumps(clip | {"folder": folder}, sort_keys=True) for clip in clips],
-        "labels": row.get("label", []),
+        "labels": row.get("label", []), "skips_thinking": skips_thinking(row, encoder),
     }  # fmt: skip
+
+
+def skips_thinking(row: dict, encoder) -> bool:
+    """Whether answers are learned that have no thoughts although the chat template has the model begin with them."""
+    opened = encoder.generation_prefix(row["chat_template_kwargs"])
+    if "<think>" not in opened or "</think>" in opened:
+        return False
+    turns = [turn for answer in row.get("completions", [row["messages"]]) for turn in answer]
+    answers = [turn for turn in turns if turn["role"] == "assistant" and turn["train"] is not False]
+    return any(not turn["reasoning"] and not any("</think>" in (part["text"] or "") for part in turn["content"])
+               for turn in answers)  # fmt: skip
 
 
 def read_clip(item) -> dict:
@@ -236,6 +255,7 @@ def read_clip(item) -> dict:
                 notes["long"] = f"{seconds:,.0f} s, a frame every {1 / rate:.3g} s"
             found |= {"real_path": os.path.realpath(path), "span": f"{indices[0]}-{indices[-1]}",
                       "seconds": mv.FRAME_FACTOR / rate}  # fmt: skip
+            times = info.shown_at(indices)
         else:
             sizes = []
             for file in part["files"]:
@@ -245,12 +265,15 @@ def read_clip(item) -> dict:
                 notes["mixed sizes"] = ", ".join(f"{w}×{h}" for w, h in sorted(set(sizes))[:3])
             found["path"] = os.path.join(folder, part["files"][0])
             count, (width, height) = len(sizes), sizes[0]
-            found["seconds"] = mv.FRAME_FACTOR / (part["fps"] or args.fps)
+            rate = part["fps"] or args.fps
+            found["seconds"] = mv.FRAME_FACTOR / rate
+            times = mv.frame_list_times(count, rate) if part["type"] == "frames" else []
         shape = (count, *mv.target_size(part, height, width, count, args, factor))
         if shape[1] * shape[2] > 1.5 * height * width:
             notes["enlarged"] = f"{width}×{height} → {shape[2]}×{shape[1]}"
         if _worker["decode"]:
-            frames = mv.load_clip(part, folder, args, factor)[0]
+            frames, _, decoded = mv.load_clip(part, folder, args, factor)
+            times = decoded if times else []
             if tuple(frames.shape[i] for i in (0, 2, 3)) != shape:
                 notes["container differs"] = f"{shape} there, {tuple(frames.shape)} decoded"
                 shape = tuple(frames.shape[i] for i in (0, 2, 3))
@@ -260,7 +283,8 @@ def read_clip(item) -> dict:
         return found | {"path": error.path, "problem": error.reason}
     except Exception as error:  # a decoder may raise anything: it is a finding about this file
         return found | {"problem": str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"}
-    return found | {"shape": shape}
+    return found | {"shape": shape, "stamps": _worker["encoder"].stamp_tokens(times), "patch_stamps":
+                    _worker["encoder"].time_tokens(times)}  # fmt: skip
 
 
 def picture_size(path: str, notes: dict) -> tuple[int, int]:
@@ -318,28 +342,30 @@ def in_workers(pool, task, items, at_once: int, timeout: float, workers: int):
 
 SCHEMA = """
     CREATE TABLE records (split TEXT, number INTEGER, id TEXT, place TEXT, problem TEXT, text INTEGER, beside INTEGER,
-                          learned INTEGER, PRIMARY KEY (split, number)) WITHOUT ROWID;
+                          learned INTEGER, skips_thinking INTEGER, PRIMARY KEY (split, number)) WITHOUT ROWID;
     CREATE TABLE clips (split TEXT, number INTEGER, k INTEGER, clip INTEGER,
                         PRIMARY KEY (split, number, k)) WITHOUT ROWID;
     CREATE TABLE distinct_clips (clip INTEGER PRIMARY KEY, spec TEXT UNIQUE, kind TEXT, path TEXT, real_path TEXT,
                                  span TEXT, frames INTEGER, height INTEGER, width INTEGER, tokens INTEGER,
-                                 seconds REAL, positions INTEGER, problem TEXT);
+                                 stamps INTEGER, patch_stamps INTEGER, seconds REAL, positions INTEGER, problem TEXT);
     CREATE TABLE notes (code TEXT, path TEXT, detail TEXT, clip INTEGER);
-    CREATE TABLE samples (split TEXT, number INTEGER, videos INTEGER, images INTEGER, whole INTEGER, visual INTEGER,
-                          unreadable INTEGER, positions INTEGER, problem TEXT,
+    CREATE TABLE samples (split TEXT, number INTEGER, videos INTEGER, images INTEGER, whole INTEGER, fitted INTEGER,
+                          visual INTEGER, stamps INTEGER, unreadable INTEGER, positions INTEGER, problem TEXT,
                           PRIMARY KEY (split, number)) WITHOUT ROWID;
     CREATE TABLE shrunk (split TEXT, number INTEGER, k INTEGER, frames INTEGER, height INTEGER, width INTEGER,
                          PRIMARY KEY (split, number, k)) WITHOUT ROWID;
-    CREATE VIEW good AS SELECT split, number, id, videos, images, whole, visual, text, learned, text + visual total,
-        text + visual - beside longest, text - beside + positions - 1 last
+    CREATE VIEW good AS SELECT split, number, id, videos, images, whole, fitted, visual, stamps, text, learned,
+        text + visual + stamps total, text + visual + stamps - beside longest, text - beside + positions - 1 last
         FROM samples JOIN records USING (split, number) WHERE samples.problem IS NULL AND unreadable = 0;
     CREATE VIEW trained_clips AS SELECT split, number, kind, real_path, span, COALESCE(s.frames, d.frames) frames,
         COALESCE(s.height, d.height) height, COALESCE(s.width, d.width) width FROM clips
         JOIN distinct_clips d USING (clip) LEFT JOIN shrunk s USING (split, number, k) WHERE d.frames NOT NULL;
 """
 # records.beside: tokens that are not in the longest sequence of a record with several answers to one prompt.
-# samples.whole and visual: visual tokens without and with --max_video_tokens; positions: what the clips take of them.
-# distinct_clips.seconds: of one temporal patch. good.last: the largest position.
+# samples.whole and fitted: what --max_video_tokens bounds, without and with it; visual and stamps: visual tokens and
+# those of time stamps as trained (of shrunk clips at most); positions: what the clips take of them.
+# distinct_clips.seconds: of one temporal patch; patch_stamps: tokens of its time stamp, at most.
+# good.last: the largest position.
 
 
 class Findings:
@@ -382,8 +408,8 @@ class Findings:
 
     def add_record(self, split: str, number: int, result: dict):
         """The result of read_record."""
-        self("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?)", split, number,
-             *map(result.get, ("id", "place", "problem", "text", "beside", "learned")))  # fmt: skip
+        self("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", split, number,
+             *map(result.get, ("id", "place", "problem", "text", "beside", "learned", "skips_thinking")))  # fmt: skip
         self.labels.setdefault(split, Counter()).update(result.get("labels", []))
         for k, spec in enumerate(result.get("clips", [])):
             self("INSERT OR IGNORE INTO distinct_clips (spec, kind) VALUES (?, ?)", spec, json.loads(spec)["type"])
@@ -395,9 +421,11 @@ class Findings:
         self("UPDATE distinct_clips SET path = ?, real_path = ?, span = ?, problem = ? WHERE clip = ?",
              *map(result.get, ("path", "real_path", "span", "problem")), clip)  # fmt: skip
         if shape:
-            self("UPDATE distinct_clips SET frames = ?, height = ?, width = ?, tokens = ?, seconds = ?, positions = ? "
-                 "WHERE clip = ?", *shape, mv.visual_tokens(*shape, factor), result["seconds"],
-                 self.encoder.positions_taken(shape, result["seconds"]), clip)  # fmt: skip
+            own = [*map(result.get, ("stamps", "patch_stamps", "seconds"))]
+            positions = self.encoder.positions_taken(shape, result["seconds"]) + result["stamps"]
+            self("UPDATE distinct_clips SET frames = ?, height = ?, width = ?, tokens = ?, stamps = ?, "
+                 "patch_stamps = ?, seconds = ?, positions = ? WHERE clip = ?", *shape,
+                 mv.visual_tokens(*shape, factor), *own, positions, clip)  # fmt: skip
         for code, detail in result["notes"].items():
             self("INSERT INTO notes VALUES (?, ?, ?, ?)", code, result["path"], detail, clip)
 
@@ -409,33 +437,39 @@ class Findings:
             yield from rows
             last = rows[-1][0]
 
-    def shapes(self, split: str, number: int) -> list[tuple[int, int, int]]:
-        """(frames, height, width) of a record's clips, without --max_video_tokens."""
-        return self("SELECT frames, height, width FROM clips JOIN distinct_clips USING (clip) WHERE split = ? AND "
-                    "number = ? ORDER BY k", split, number).fetchall()  # fmt: skip
+    def shapes(self, split: str, number: int) -> tuple[list[tuple[int, int, int]], list[int]]:
+        """(frames, height, width) of a record's clips, without --max_video_tokens, and their `patch_stamps`."""
+        clips = self("SELECT frames, height, width, patch_stamps FROM clips JOIN distinct_clips USING (clip) WHERE "
+                     "split = ? AND number = ? ORDER BY k", split, number).fetchall()  # fmt: skip
+        return [clip[:3] for clip in clips], [clip[3] for clip in clips]
 
     def add_samples(self, args, factor: int):
         """Sum up the clips of each good record, and shrink them where --max_video_tokens says so."""
         self("""INSERT INTO samples SELECT split, number, COUNT(clip) - COUNT(CASE kind WHEN 'image' THEN 1 END),
-                COUNT(CASE kind WHEN 'image' THEN 1 END), COALESCE(SUM(tokens), 0), COALESCE(SUM(tokens), 0),
-                COUNT(clip) - COUNT(tokens), COALESCE(SUM(positions), 0), NULL
+                COUNT(CASE kind WHEN 'image' THEN 1 END), COALESCE(SUM(tokens + patch_stamps * ((frames + 1) / 2)), 0),
+                COALESCE(SUM(tokens + patch_stamps * ((frames + 1) / 2)), 0), COALESCE(SUM(tokens), 0),
+                COALESCE(SUM(stamps), 0), COUNT(clip) - COUNT(tokens), COALESCE(SUM(positions), 0), NULL
                 FROM records LEFT JOIN clips USING (split, number) LEFT JOIN distinct_clips USING (clip)
                 WHERE records.problem IS NULL GROUP BY split, number""")
         budget = args.max_video_tokens
         over = self("SELECT split, number FROM samples WHERE whole > ? AND unreadable = 0", budget) if budget else []
         for split, number in list(over):
+            clips = self("SELECT frames, height, width, stamps, patch_stamps, seconds FROM clips JOIN distinct_clips "
+                         "USING (clip) WHERE split = ? AND number = ? ORDER BY k", split,
+                         number).fetchall()  # fmt: skip
             try:
-                fitted = mv.fit_video_tokens(self.shapes(split, number), budget, factor)
+                beside = [clip[4] for clip in clips]
+                fitted = mv.fit_video_tokens([clip[:3] for clip in clips], budget, factor, beside)
             except ValueError as error:
                 self("UPDATE samples SET problem = ? WHERE split = ? AND number = ?", str(error), split, number)
                 continue
             visual = sum(mv.visual_tokens(*shape, factor) for shape in fitted)
-            taken = self("SELECT seconds * frames FROM clips JOIN distinct_clips USING (clip) WHERE split = ? AND "
-                         "number = ? ORDER BY k", split, number)  # fmt: skip
-            positions = sum(self.encoder.positions_taken(shape, total / shape[0])
-                            for shape, (total,) in zip(fitted, taken))  # fmt: skip
-            self("UPDATE samples SET visual = ?, positions = ? WHERE split = ? AND number = ?", visual, positions,
-                 split, number)  # fmt: skip
+            bound = [math.ceil(shape[0] / mv.FRAME_FACTOR) * own for shape, own in zip(fitted, beside)]
+            stamps = [clip[3] if clip[0] == shape[0] else most for clip, shape, most in zip(clips, fitted, bound)]
+            positions = sum(self.encoder.positions_taken(shape, seconds * frames / shape[0])
+                            for shape, (frames, *_, seconds) in zip(fitted, clips))  # fmt: skip
+            self("UPDATE samples SET fitted = ?, visual = ?, stamps = ?, positions = ? WHERE split = ? AND number = ?",
+                 visual + sum(bound), visual, sum(stamps), positions + sum(stamps), split, number)  # fmt: skip
             rows = [(split, number, k, *shape) for k, shape in enumerate(fitted)]
             self.db.executemany("INSERT INTO shrunk VALUES (?, ?, ?, ?, ?, ?)", rows)
 
@@ -460,12 +494,13 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
     for item in doubles["items"]:
         places = found("SELECT place FROM records WHERE split = ? AND id = ? LIMIT 5", split, item["id"])
         item["places"] = [place for (place,) in places]
-    columns = {"videos": "videos", "images": "images", "visual tokens": "visual", "text tokens": "text",
-               "learned tokens": "learned", "all tokens": "total", "last position": "last"}  # fmt: skip
+    columns = {"videos": "videos", "images": "images", "visual tokens": "visual", "time stamps": "stamps",
+               "text tokens": "text", "learned tokens": "learned", "all tokens": "total",
+               "last position": "last"}  # fmt: skip
     prompts = getattr(args, "max_prompt_length", None)  # of a trainer that adds the answers itself
     flag, limit = ("max_prompt_length", prompts) if prompts else ("max_seq_length", args.max_seq_length)
     most, labels = found.encoder.max_positions, found.labels.get(split)
-    names, facts = "id tokens visual videos images", "visual, videos, images FROM good WHERE split = ?"
+    names, facts = "id tokens visual stamps videos images", "visual, stamps, videos, images FROM good WHERE split = ?"
     return {
         "source": source,
         "records": found.one("SELECT COUNT(*) FROM records WHERE split = ?", split),
@@ -473,6 +508,7 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
             "tag_mismatches": found.one(f"SELECT COUNT(*) {of_split} LIKE '%> tags for %'", split)},
         "duplicate_ids": doubles,
         "labels": importlib.import_module("train_cls").describe_labels(labels) if labels else [],
+        "skips_thinking": found.one("SELECT COUNT(*) FROM records WHERE split = ? AND skips_thinking", split),
         "unreadable_samples": found.one("SELECT COUNT(*) FROM samples WHERE split = ? AND unreadable", split),
         "distinct_clips": found.one("SELECT COUNT(DISTINCT clip) FROM clips WHERE split = ?", split),
         "shapes": found.listed("frames height width kind clips", "SELECT frames, height, width, kind, COUNT(*) FROM "
@@ -491,21 +527,23 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
 def report_budget(found: Findings, split: str, args, factor: int) -> dict:
     """What --max_video_tokens does to the samples, or would do at three budgets to all and to the largest one."""
     whole = found.column("SELECT whole FROM good WHERE split = ?", split)
-    after = found.column("SELECT visual FROM good WHERE split = ?", split)
+    after = found.column("SELECT fitted FROM good WHERE split = ?", split)
     result = {"limit": args.max_video_tokens, "tokens_before": int(whole.sum()), "tokens_after": int(after.sum()),
-              "shrunk": found.one("SELECT COUNT(*) FROM good WHERE split = ? AND whole > visual", split),
+              "shrunk": found.one("SELECT COUNT(*) FROM good WHERE split = ? AND whole > fitted", split),
               "impossible": found.listed("id problem", "SELECT id, samples.problem FROM samples JOIN records USING "
               "(split, number) WHERE split = ? AND samples.problem NOT NULL ORDER BY number", split),
               "would": []}  # fmt: skip
     if not args.max_video_tokens and len(whole):
         most = int(whole.max())
         largest = found.one("SELECT number FROM good WHERE split = ? ORDER BY whole DESC, number", split)
-        shapes = found.shapes(split, largest)
+        shapes, beside = found.shapes(split, largest)
         for budget in sorted({most * 3 // 4, most // 2, most // 4}, reverse=True):
             with contextlib.suppress(ValueError):  # less than a token for each
-                fitted = mv.fit_video_tokens(shapes, budget, factor)
+                fitted = mv.fit_video_tokens(shapes, budget, factor, beside)
+                after = sum(mv.visual_tokens(*shape, factor) + own * math.ceil(shape[0] / mv.FRAME_FACTOR)
+                            for shape, own in zip(fitted, beside))  # fmt: skip
                 result["would"].append({"limit": budget, "shrunk": int((whole > budget).sum()),
-                                        "largest_before": most, "largest_after": mv._total_tokens(fitted, factor),
+                                        "largest_before": most, "largest_after": after,
                                         "first_clip_of_largest": [shapes[0], fitted[0]]})  # fmt: skip
     return result
 
@@ -548,7 +586,7 @@ def report_memory(found: Findings, args, own: CheckFlags, launch: dict, factor: 
     worst = found("SELECT COUNT(*), SUM(total), SUM(visual), SUM(learned) FROM (SELECT * FROM good WHERE split = "
                   "'train' ORDER BY total DESC LIMIT ?)", size).fetchone()  # fmt: skip
     samples, tokens, visual, learned = (value or 0 for value in worst)
-    most = found("SELECT MAX(videos), MAX(text) FROM good WHERE split = 'train'").fetchone()
+    most = found("SELECT MAX(videos), MAX(text + stamps) FROM good WHERE split = 'train'").fetchone()
     videos, text = (value or 0 for value in most)
 
     def peak(side, frames):
@@ -619,7 +657,8 @@ def show(report: dict, first: int):
 
     def sample_line(item):
         clips = f"{item['videos']} videos, {item['images']} images"
-        return f"{item['id']}: {item['tokens']:,} tokens, {item['visual']:,} of them visual; {clips}"
+        stamps = f", {item['stamps']:,} of time stamps" if item["stamps"] else ""
+        return f"{item['id']}: {item['tokens']:,} tokens, {item['visual']:,} of them visual{stamps}; {clips}"
 
     def line(name, text):
         print(f"  {name:<17}{text}")
@@ -641,6 +680,10 @@ def show(report: dict, first: int):
             listing(doubles, lambda item: f"{item['id']}: {item['times']} times, {'; '.join(item['places'])}")
         for note in split["labels"]:
             line("labels", note)
+        if split["skips_thinking"]:
+            line("thinking", f"{split['skips_thinking']:,} records have answers without thoughts, and the chat "
+                 "template has the model think: it would learn not to. Give the turns 'reasoning', or give "
+                 "--chat_template_kwargs '{\"enable_thinking\": false}'")  # fmt: skip
         if split["unreadable_samples"]:
             line(
                 "incomplete",
@@ -657,7 +700,7 @@ def show(report: dict, first: int):
         if split["per_sample"]["all tokens"]:
             print("  in a sample      " + "".join(f"{name:>11}" for name in quantiles))
             for what, values in split["per_sample"].items():
-                if values["most"] or what != "images":
+                if values["most"] or what not in ("images", "time stamps"):
                     cells = [f"{values[name]:,.1f}" if name == "mean" else f"{values[name]:,}" for name in quantiles]
                     print(f"    {what:<15}" + "".join(f"{cell:>11}" for cell in cells))
             print("  the largest samples")
@@ -680,7 +723,7 @@ def show(report: dict, first: int):
         budget = split["video_tokens"]
         if budget["limit"]:
             line("budget", f"--max_video_tokens {budget['limit']:,} shrinks {budget['shrunk']:,} samples: "
-                 f"{budget['tokens_before']:,} → {budget['tokens_after']:,} visual tokens in all")  # fmt: skip
+                 f"{budget['tokens_before']:,} → {budget['tokens_after']:,} of their tokens in all")  # fmt: skip
             listing(budget["impossible"], lambda item: f"{item['id']}: {item['problem']}")
         for would in budget["would"]:
             before, after = (f"{f} × {w} × {h}" for f, h, w in would["first_clip_of_largest"])
