@@ -49,7 +49,8 @@ def tiny_qwen2_vl(tmp_path_factory):
 def save_distinct(path, family, template, **sizes):
     """Save a tiny model with the real chat template, and with norms and biases that are neither 1 nor 0.
 
-    Whatever a forward leaves out then shows.
+    Whatever a forward leaves out then shows. Recurrent layers remember for up to 50 tokens: as initialized, they
+    forget a prompt within the tokens that open the answer.
     """
     from make_demo import save_tiny_model
     from reference import real_template
@@ -57,7 +58,9 @@ def save_distinct(path, family, template, **sizes):
 
     save_tiny_model(path, family, initializer_range=0.08, chat_template=real_template(template), **sizes)
     weights, generator = load_file(path / "model.safetensors"), torch.Generator().manual_seed(1)
-    for weight in weights.values():
+    for name, weight in weights.items():
+        if name.endswith("A_log"):
+            weight.copy_(torch.linspace(-4, 0, len(weight)))  # a state fades by exp(-1.3 × 0.02 … 1) per token
         if weight.ndim == 1:
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
     save_file(weights, path / "model.safetensors", {"format": "pt"})
