@@ -2627,6 +2627,11 @@ class Encoder:
         """The most of stamp_tokens that one temporal patch has: later times have more digits."""
         return self.stamp_tokens(times[-1:])
 
+    def stamps_in(self, input_ids) -> int:
+        """How many tokens of a sample stamp_tokens counts."""
+        stamps = [found[0] for found in CLIP.finditer(self.tokenizer.decode(input_ids)) if found[0][1].isdigit()]
+        return sum(len(self.tokenizer(stamp, add_special_tokens=False)["input_ids"]) + 1 for stamp in stamps)
+
     def video_layout(self) -> str:
         """How the installed processor writes a video of a family that has time stamps: one frame at 0 seconds."""
         if self.timing != "text":
@@ -2908,16 +2913,14 @@ def conventions(encoder: Encoder) -> dict:
     return {"position_rule": POSITION_RULE, "video_layout": encoder.video_layout()}
 
 
-def warn_of_other_layout(encoder: Encoder):
+def warn_of_other_layout(flag: str, folder: str | None, encoder: Encoder):
     """Print a warning if a run of ours trained this model on videos that were written otherwise than they are now."""
-    for flag in ("model_id", "lora_weight_path"):
-        folder = getattr(encoder.args, flag, None)
-        run = run_arguments(folder) if folder and Path(folder).is_dir() else None
-        trained, layout = (run or {}).get("video_layout"), encoder.video_layout()
-        if trained and trained != layout:
-            say(f"warning: --{flag} {folder} was trained on videos as {trained!r} (one frame), and the installed "
-                f"transformers {transformers.__version__} writes {layout!r}: install the version of its training, or "
-                "train it again")  # fmt: skip
+    run = run_arguments(folder) if folder and Path(folder).is_dir() else None
+    trained, layout = (run or {}).get("video_layout"), encoder.video_layout()
+    if trained and trained != layout:
+        say(f"warning: --{flag} {folder} was trained on videos as {trained!r} (one frame), and transformers "
+            f"{transformers.__version__} writes {layout!r}: install the version of its training, or train it "
+            "again")  # fmt: skip
 
 
 def qwen_positions(input_ids, clips: dict, config) -> np.ndarray:
@@ -4650,12 +4653,52 @@ def save_model(model, processor, folder: str | Path, state: dict | None = None, 
                      for name, tensor in weights.items()}  # fmt: skip
         model.save_pretrained(folder, state_dict=state)
         finish_config(folder, "float32" if len(types) > 1 else str(types.pop()).removeprefix("torch."))
+        if args:
+            copy_unused_weights(model, args.model_id, folder, args.cache_dir)
     save_processor(processor, folder)
     if args:
         kind = "adapter" if adapter else "model"
         write_card(folder, kind, model.config, card_facts(args))
     for file in folder.iterdir():
         follow_umask(file)
+
+
+def weight_files(source: str, cache_dir: str | None = None) -> dict[str, str]:
+    """The safetensors file that each weight of a model is in, by its name there; {} where it has no such files."""
+    where = {"cache_dir": cache_dir, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    cached_file = transformers.utils.cached_file
+    if index := cached_file(source, "model.safetensors.index.json", **where):
+        return json.loads(Path(index).read_text())["weight_map"]
+    if not (path := cached_file(source, "model.safetensors", **where)):
+        return {}
+    with safe_open(path, "pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
+
+
+def copy_unused_weights(model, source: str, folder: str | Path, cache_dir: str | None = None):
+    """Copy weights that transformers neither loads nor saves, of multi-token prediction, beside a saved model's.
+
+    They are the base model's: engines that guess tokens with them (speculative decoding) guess a bit worse.
+    """
+    folder, ignored = Path(folder), getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    if model.config.problem_type or not any("mtp" in pattern for pattern in ignored):
+        return
+    files = {name: file for name, file in weight_files(source, cache_dir).items() if name.startswith("mtp.")}
+    if not files:
+        return
+    tensors = {}
+    for file in sorted(set(files.values())):
+        path = transformers.utils.cached_file(source, file, cache_dir=cache_dir, local_files_only=True)
+        with safe_open(path, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in files if files[name] == file}
+    places = weight_files(str(folder))
+    if set(places.values()) == {"model.safetensors"}:  # plain loading would look no further
+        os.rename(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+        places = dict.fromkeys(places, "model-00001-of-00002.safetensors")
+    save_tensors(tensors, folder / "model-mtp.safetensors", {"format": "pt"})
+    places |= dict.fromkeys(tensors, "model-mtp.safetensors")
+    total = sum((folder / file).stat().st_size for file in set(places.values()))
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def finish_config(folder: Path, dtype: str | None = None):
@@ -5179,6 +5222,10 @@ def describe_run(
     if args.lora_enable:
         parts += f"; LoRA of rank {args.lora_rank} on {len(model.targeted_module_names)} modules"
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    quantized = [name.replace(".base_layer", "").split(".")[-2]
+                 for name, p in model.named_parameters() if not p.is_floating_point()]  # fmt: skip
+    in_bits = f"\n  {args.bits} bits     {len(quantized)} matrices of the decoder: " if quantized else ""
+    in_bits += ", ".join(sorted(set(quantized)))
     if args.video_resized_width:
         height, width = smart_resize(args.video_resized_height, args.video_resized_width, encoder.factor,
                                      IMAGE_MIN_TOKENS * encoder.factor**2,
@@ -5198,6 +5245,8 @@ def describe_run(
     visual = (
         sum(t * h * w for t, h, w in first["video_grid_thw"]) // encoder.merge_size**2 if "input_ids" in first else "?"
     )
+    beside = encoder.stamps_in(first["input_ids"]) if "input_ids" in first else 0
+    visual = f"{visual} visual" + (f", {beside} of time stamps" if beside else "")
     known = []
     for i in spread_evenly(0, len(records) - 1, min(len(records), BANNER_RECORDS)):
         with contextlib.suppress(ValueError, OSError):  # of files that are reported elsewhere
@@ -5216,11 +5265,11 @@ def describe_run(
     files = f" ({records.info.description})" if records.info.description else ""  # of several
     say(f"""  records    {len(records)}{files}, {per_step} per step = {arithmetic}
   steps      {total_steps}, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})
-  trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}{tokens}
+  trained    {sum(counts.values()):,} parameters: {parts}; types: {", ".join(kinds)}{tokens}{in_bits}
   attention  {kernels[0]} in the tower, {kernels[1]} in the decoder
   video      {size}
   frames     {frames}
-  sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual} visual
+  sample 0   {first["num_videos"]} videos, {first["num_images"]} images: {first["num_tokens"]} tokens, {visual}
   positions  {positions}
   cache      {cache}
   output     {args.output_dir}""")  # fmt: skip
@@ -5232,7 +5281,8 @@ def describe_run(
                      f"{enough} and fewer --gradient_accumulation_steps")  # fmt: skip
     for note in notes:
         say(f"  note       {note}")
-    warn_of_other_layout(encoder)
+    for flag in ("model_id", "lora_weight_path"):
+        warn_of_other_layout(flag, getattr(args, flag), encoder)
 
 
 def peak_memory() -> dict:

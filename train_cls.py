@@ -295,10 +295,11 @@ class VideoSequenceClassifier:
 
 
 @cache
-def classifier_class(model_type: str) -> type:
+def classifier_class(model_type: str, mlp_head: bool = False) -> type:
     """The class of a family with a head, such as Qwen2_5_VLForSequenceClassification; `model_type`: config.json's.
 
-    Made when asked for, because the library's model classes take seconds to import.
+    Made when asked for, because the library's model classes take seconds to import. Where the library has a class of
+    the name, a linear head is saved for it, and the class of an `mlp_head` has another name; both load either.
     """
     from transformers import conversion_mapping
     from transformers.modeling_layers import GenericForSequenceClassification
@@ -307,6 +308,8 @@ def classifier_class(model_type: str) -> type:
              "qwen3_vl": "Qwen3VLPreTrainedModel", "qwen3_5": "Qwen3_5PreTrainedModel"}  # fmt: skip
     base = getattr(transformers, bases[model_type])
     name = base.__name__.replace("PreTrainedModel", "ForSequenceClassification")
+    if mlp_head and hasattr(transformers, name):
+        name = name.replace("For", "MLPHeadFor")
     # Weights have other names on the hub than in the model: without its sibling's rules, the class would load a random
     # language model. (Saving goes by the same rules.)
     sibling = base.__name__.replace("PreTrainedModel", "ForConditionalGeneration")
@@ -323,12 +326,7 @@ def label_word_rows(args, names: list[str]) -> torch.Tensor:
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model_id, cache_dir=args.cache_dir)
     where = {"path_or_repo_id": args.model_id, "cache_dir": args.cache_dir}
-    missing_ok = {"_raise_exceptions_for_missing_entries": False}
-    if index := transformers.utils.cached_file(filename="model.safetensors.index.json", **where, **missing_ok):
-        files = json.loads(Path(index).read_text())["weight_map"]
-    else:
-        with safe_open(transformers.utils.cached_file(filename="model.safetensors", **where), "pt") as file:
-            files = dict.fromkeys(file.keys(), "model.safetensors")
+    files = mv.weight_files(args.model_id, args.cache_dir)
     tied = next(name for name in files if name.endswith("embed_tokens.weight"))
     name = "lm_head.weight" if "lm_head.weight" in files else tied
     with safe_open(transformers.utils.cached_file(filename=files[name], **where), "pt") as file:
@@ -880,7 +878,7 @@ def main():
     resumed = mv.find_checkpoint(args)
     if resumed:
         check_same_head(resumed, model_config)
-    model_class = classifier_class(model_config.model_type)
+    model_class = classifier_class(model_config.model_type, bool(getattr(model_config, "mlp_head_dim", 0)))
     raw_model = mv.load_model(args, accelerator.device, resumed, model_class, model_config)
     engine = mv.Engine(accelerator, raw_model, args)
     model, raw_model = engine.model, engine.raw_model

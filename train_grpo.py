@@ -316,10 +316,15 @@ def accuracy_reward(completions, reference, **kwargs) -> list[float | None]:
     return [same(*pair) if pair[1] is not None else None for pair in zip(texts_of(completions), reference)]
 
 
-def format_reward(completions, **kwargs) -> list[float]:
-    """1 if the completion is exactly `<think>…</think> <answer>…</answer>`."""
+def format_reward(completions, generation_prefix=None, **kwargs) -> list[float]:
+    """1 if the completion is exactly `<think>…</think> <answer>…</answer>`.
+
+    A <think> that the chat template gives in `generation_prefix` counts as the completion's own.
+    """
     tags = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL)
-    return [float(tags.fullmatch(text) is not None) for text in texts_of(completions)]
+    texts = texts_of(completions)
+    given = [prefix if prefix.strip() == "<think>" else "" for prefix in generation_prefix or [""] * len(texts)]
+    return [float(tags.fullmatch(prefix + text) is not None) for prefix, text in zip(given, texts)]
 
 
 NUMBER = re.compile(r"(?<![\w.])([-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+−]?\.\d+)(\s*%)?")
@@ -599,13 +604,15 @@ def check_parameters(flag: str, source: str, columns: list[str], functions: dict
 def reward_inputs(groups: list[dict], columns: list[str], texts: bool | None = None) -> dict:
     """What a reward function is given, a list with one entry per completion for each of GIVEN and of the columns.
 
+    `generation_prefix` is what the chat template writes before each completion, such as "<think>\\n".
+
     `columns` are those of the data set: what a record lacks of them is None. `texts` is that of a Reward. The form of
     completions is that of TRL's GRPOTrainer, unless `texts` decides. `assistant` is what the trainer of
     2U1/Qwen-VL-Series-Finetune gives by that name, the first answer, else the reference: as a message beside lists of
     messages (as there until October 2025), as a text beside texts (as there since).
     """
     names = [*dict.fromkeys(["reference", *(name for name in columns if name not in GIVEN[:3])])]
-    inputs = {name: [] for name in (*GIVEN[:3], *names)}
+    inputs = {name: [] for name in (*GIVEN[:3], "generation_prefix", *names)}
     for group in groups:
         record = group["record"]
         own = {"reference": record["reference"], **json.loads(record["columns"])}
@@ -622,6 +629,7 @@ def reward_inputs(groups: list[dict], columns: list[str], texts: bool | None = N
             inputs["prompts"].append(turns if plain is None else plain)
             inputs["completions"].append(text if own_texts else [{"role": "assistant", "content": text}])
             inputs["completion_ids"].append(ids)
+            inputs["generation_prefix"].append(group["generation_prefix"])
             for key in names:
                 inputs[key].append(own.get(key))
     return inputs
@@ -941,7 +949,8 @@ def make_groups(engine, samples, indices, records, encoder, args, step, caught) 
 
     In optimizer step `step` G completions are sampled, with random numbers that depend on nothing but the seed, the
     step and the record; in an evaluation (None) one is made greedily. Samples that were skipped have no group.
-    A group has `record`, `sample`, `ids` and `logps` (see generate), `texts`.
+    A group has `record`, `sample`, `ids` and `logps` (see generate), `texts` and `generation_prefix`, which the chat
+    template writes before them.
     """
     kept = [(sample, i) for sample, i in zip(samples, indices) if "input_ids" in sample]
     shape, draws = (args.num_generations, args.max_completion_length), None
@@ -950,6 +959,7 @@ def make_groups(engine, samples, indices, records, encoder, args, step, caught) 
     ids, logps = generate(engine, [sample for sample, _ in kept], encoder, args, draws, caught)
     decode = partial(encoder.tokenizer.decode, skip_special_tokens=True)
     groups = [{"record": records[i], "sample": sample, "ids": ids[p], "logps": logps[p],
+               "generation_prefix": encoder.generation_prefix(records[i]["chat_template_kwargs"]),
                "texts": list(map(decode, ids[p]))} for p, (sample, i) in enumerate(kept)]  # fmt: skip
     return [] if caught else groups
 

@@ -398,9 +398,10 @@ def load(argv: list[str], folder: str) -> Page:
     args.output_dir, args.on_long_sample, args.on_bad_video = folder, "skip", "drop_video"
     args.video_cache = tempfile.mkdtemp(dir=folder)
     accelerator = mv.make_accelerator(args)
-    weights = predict.weights_of(args)
+    weights, run_folder = predict.weights_of(args), args.model_id
     engine = mv.Engine(accelerator, predict.load_model(args, accelerator.device), args, frozen=True)
     encoder = mv.Encoder(args.model_id, args)
+    mv.warn_of_other_layout("model_id", run_folder, encoder)
     page = Page(engine, encoder, mv.SampleStream(encoder, args), args, weights)
     page.encode([record_of([{"question": "?", "answer": None, "files": []}], {})])  # the processes are up then
     return page

@@ -153,7 +153,8 @@ def merge(model_id: str, output_path: str, base_model_id: str | None = None, dty
         kwargs["config"] = transformers.AutoConfig.from_pretrained(
             adapter, dtype=transformers.AutoConfig.from_pretrained(base).dtype
         )
-        model_class = classifier_class(kwargs["config"].model_type)
+        mlp_head = bool(getattr(kwargs["config"], "mlp_head_dim", 0))
+        model_class = classifier_class(kwargs["config"].model_type, mlp_head)
     model = model_class.from_pretrained(base, dtype=dtype, **kwargs).eval()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     print(f"{base}: {size / 1e9:.2f} GB in {str(model.dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -195,6 +196,7 @@ def merge_into(aside: Path, model, weights: dict, adapter: Path, base: str) -> f
                             "nothing was written; --dtype float32 rounds less")  # fmt: skip
     model.save_pretrained(aside, max_shard_size="2GB")
     mv.finish_config(aside)
+    mv.copy_unused_weights(model, base, aside)
     if facts := mv.own_card(adapter / "README.md"):
         mv.write_card(aside, "merged", model.config, facts)
     for run in (adapter / "arguments.json", adapter.parent / "arguments.json"):

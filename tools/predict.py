@@ -48,8 +48,8 @@ import matplotlib.pyplot as plt
 
 # Flags of the run that trained the model, which stand for what is not given here.
 INHERITED = [
-    "system_prompt", "max_seq_length", "fps", "nframes", "min_frames", "max_frames", "image_min_pixels",
-    "image_max_pixels", "video_min_pixels", "video_max_pixels", "image_resized_width", "image_resized_height",
+    "system_prompt", "chat_template_kwargs", "max_seq_length", "fps", "nframes", "min_frames", "max_frames",
+    "image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels", "image_resized_width", "image_resized_height",
     "video_resized_width", "video_resized_height", "max_video_tokens", "bf16", "fp16", "pure_bf16",
     "bits", "quant_type", "double_quant", "video_reader",
 ]  # fmt: skip
@@ -446,12 +446,14 @@ def main():
     rank, world_size = accelerator.process_index, accelerator.num_processes
     if config and args.blank_each:
         raise mv.InputError("--blank_each is for answers in words: a classifier has none")
+    encoder = mv.Encoder(base_model(args) or args.model_id, args)
+    mv.warn_of_other_layout("model_id", args.model_id, encoder)
     normalize, schema = normalize_with_answer if args.blank_each else normalize_record, train_grpo.FEATURES
     if config:
         rules = {"problem_type": config.problem_type, "default_prompt": args.default_prompt}
         normalize, schema = functools.partial(normalize_for_classes, **rules), train_cls.FEATURES
     with accelerator.main_process_first():
-        records = mv.load_records(args.data_path, normalize, schema)
+        records = mv.load_records(args.data_path, normalize, schema, encoder=encoder)
     names = [*INHERITED, "model_id", "base_model_id", "image_folder", "max_new_tokens", "seed", "temperature", "top_k",
              "top_p", "min_p", "repetition_penalty", "blank_each"]  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
@@ -492,7 +494,6 @@ def main():
 
     # ---- answer
     model = load_model(args, accelerator.device, config)
-    encoder = mv.Encoder(args.model_id, args)
     engine = mv.Engine(accelerator, model, args, frozen=True)
     stream = mv.SampleStream(encoder, args)
     batches = [mine[k : k + args.batch_size] for k in range(0, len(mine), args.batch_size)]

@@ -431,7 +431,9 @@ def draw_sheet(row: dict, sample: dict, clips: list[dict], pieces: list[tuple], 
     visual = sum(clip["tokens"] for clip in clips)
     learned = int((sample["labels"] != -100).sum())
     canvas.text(MARGIN, 62, fitted(canvas, mv.record_name(row["id"]), BOLD, 30, WIDTH - 2 * MARGIN), BOLD, 30)
-    facts = [f"{sample['num_tokens']:,} tokens = {visual:,} visual + {sample['num_tokens'] - visual:,} of text"]
+    stamps = sample.get("stamps")
+    facts = [f"{sample['num_tokens']:,} tokens = {visual:,} visual + {sample['num_tokens'] - visual:,} of text"
+             + (f", {stamps:,} of them time stamps" if stamps else "")]  # fmt: skip
     facts += [f"{learned:,} learned", many(sample["num_videos"], "video"), many(sample["num_images"], "image")]
     facts += [f"made smaller by --max_video_tokens {args.max_video_tokens:,}"] if sample["shrunk"] else []
     facts += [f"{many(len(sample['bad']), 'bad file')} left out"] if sample["bad"] else []
@@ -476,6 +478,7 @@ def main():
         why = why or f"{sample['num_tokens']} tokens, --max_seq_length is {args.max_seq_length}"
         raise mv.InputError(f"{mv.record_name(row['id'])} is left out of training: {why}")
     clips = read_clips(row, sample, encoder, args.image_folder, args)
+    sample["stamps"] = encoder.stamps_in(sample["input_ids"])
     sheet = draw_sheet(row, sample, clips, read_text(sample, clips, encoder), args, own.shown_frames)
     sheet.save(own.output)
     print(f"{own.output}: {mv.record_name(row['id'])}, {sample['num_tokens']} tokens, "

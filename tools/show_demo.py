@@ -41,10 +41,14 @@ def prepare(rows: list[dict], endings: list[str], processor, config, folder: str
             if part["type"] == "video":
                 path = part["files"][0]
                 if path not in clips:
-                    clips[path] = mv.load_clip(part, folder, args, 28)[:2]
-                frames, fps = clips[path]
+                    factor = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+                    clips[path] = mv.load_clip(part, folder, args, factor)
+                frames, fps, times = clips[path]
                 videos.append(frames)
-                metadata.append({"fps": fps, "total_num_frames": len(frames), "frames_indices": range(len(frames))})
+                taken = {"fps": fps, "frames_indices": range(len(frames))}
+                if mv.FAMILIES[config.model_type] == "text":  # the processor writes index / fps: the true times
+                    taken = {"fps": 1.0, "frames_indices": times}
+                metadata.append({**taken, "total_num_frames": len(frames)})
         chat = [{"role": "user", "content": content}]
         texts.append(processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + ending)
     inputs = processor(
