@@ -629,7 +629,7 @@ def reward_inputs(groups: list[dict], columns: list[str], texts: bool | None = N
             inputs["prompts"].append(turns if plain is None else plain)
             inputs["completions"].append(text if own_texts else [{"role": "assistant", "content": text}])
             inputs["completion_ids"].append(ids)
-            inputs["generation_prefix"].append(group["generation_prefix"])
+            inputs["generation_prefix"].append(group.get("generation_prefix", ""))
             for key in names:
                 inputs[key].append(own.get(key))
     return inputs

@@ -49,9 +49,9 @@ import matplotlib.pyplot as plt
 # Flags of the run that trained the model, which stand for what is not given here.
 INHERITED = [
     "system_prompt", "chat_template_kwargs", "max_seq_length", "fps", "nframes", "min_frames", "max_frames",
-    "image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels", "image_resized_width", "image_resized_height",
-    "video_resized_width", "video_resized_height", "max_video_tokens", "bf16", "fp16", "pure_bf16",
-    "bits", "quant_type", "double_quant", "video_reader",
+    "image_min_pixels", "image_max_pixels", "video_min_pixels", "video_max_pixels", "image_resized_width",
+    "image_resized_height", "video_resized_width", "video_resized_height", "max_video_tokens", "bf16", "fp16",
+    "pure_bf16", "bits", "quant_type", "double_quant", "video_reader",
 ]  # fmt: skip
 USED = {
     "model_id",

@@ -131,8 +131,9 @@ def read_text(sample: dict, clips: list[dict], encoder) -> list[tuple[str, str, 
     """The tokens as pieces `(text, kind, is it learned)`; kinds: text, control, clip, answer (a new sequence)."""
     ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
     video, special = encoder.config.video_token_id, set(encoder.tokenizer.all_special_ids)
-    names = (f"{kind_of(clip)} {i} · {clip['tokens']:,} tokens" for i, clip in enumerate(clips, 1)
-             for _ in range(clip["tokens"]))  # fmt: skip
+    runs = [len(clip["positions"]) if encoder.timing == "text" else 1 for clip in clips]  # of consecutive tokens
+    names = (f"{kind_of(clip)} {i} · {clip['tokens'] // parts:,} tokens"
+             for i, (clip, parts) in enumerate(zip(clips, runs), 1) for _ in range(clip["tokens"]))  # fmt: skip
     kinds = [next(names) if token == video else "control" if token in special else "text" for token in ids]
     pieces, start = [], 0
     for number, length in enumerate(sample["lengths"].tolist()):
