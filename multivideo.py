@@ -3333,7 +3333,7 @@ def use_packed_attention(model, kernel: str):
             module.config._attn_implementation = name
         if isinstance(getattr(module, "proj", None), torch.nn.Conv3d):
             module.proj = PatchProjection(module.proj)
-        if type(module).__name__.endswith("GatedDeltaNet"):
+        if type(module).__name__.endswith("GatedDeltaNet") and not isinstance(module, PackedRecurrence):
             module.__class__ = _packed_class(type(module))
 
 
