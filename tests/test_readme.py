@@ -323,18 +323,40 @@ def test_sizes(tmp_path, monkeypatch):
     part = dict.fromkeys(mv.PART) | {"type": "video"}
     (tmp_path / "data.json").write_text("[]")
     monkeypatch.chdir(tmp_path)
+    first = None
     for line in table[2:]:
         flags, one, thirty = line.strip("| ").split(" | ")
-        argv = ["--data_path", "data.json", *shlex.split(re.search("`(.*?)`", flags)[1])]
-        args = mv.parse_arguments(train_sft.SFTArguments, argv)
+        asked = re.search("`(--.*?)`", flags)
+        words = shlex.split(asked[1]) if asked else first if "first" in flags else []
+        first = first or words
+        args = mv.parse_arguments(train_sft.SFTArguments, ["--data_path", "data.json", *words])
+        factor = 32 if "Qwen3-VL" in flags else 28
         if "none" in flags:
-            bounds = f"{args.video_min_pixels:,} to {args.video_max_pixels:,} pixels"
+            bounds = "{:,} to {:,} pixels".format(*mv.pixel_bounds(args, "video", factor))
             assert bounds in flags and args.fps == mv.TrainingArguments.fps
-        frames = len(mv.sample_frames(part, seconds * 30, 30.0, args)[0])
-        sides = mv.target_size(part, height, width, frames, args, 28)
-        tokens = mv.visual_tokens(frames, *sides, 28)
-        assert one == f"{frames} frames of {sides[1]}×{sides[0]}: {tokens:,} tokens", one
-        assert thirty == f"{30 * tokens:,} tokens"
+        indices = mv.sample_frames(part, seconds * 30, 30.0, args)[0]
+        sides = mv.target_size(part, height, width, len(indices), args, factor)
+        tokens, stamps = mv.visual_tokens(len(indices), *sides, factor), 0
+        expected = f"{len(indices)} frames of {sides[1]}×{sides[0]}: {tokens:,} tokens"
+        if factor == 32:  # <, digits, ., digit, " seconds", > are a token each in Qwen's vocabulary, and two borders
+            times = [(a + b) / 60 for a, b in zip(indices[::2], indices[1::2])]
+            stamps = sum(len(f"{time:.1f}") + 3 + 2 for time in times)
+            expected += f", {stamps} of time stamps"
+        assert one == expected and thirty == f"{30 * (tokens + stamps):,} tokens", (expected, one)
+
+
+def test_families_page():
+    """Every family and refused kind is named; the table of sizes is arithmetic."""
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert [name for name in mv.FAMILIES if f"`{name}`" not in page] == []
+    table = page.split("| a clip of 10 s |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == 3
+    for line in table:
+        clip, visual, stamps, thirty = line.strip("| ").split(" | ")
+        frames, width, height = map(int, re.findall(r"\d+", clip))
+        assert int(visual.replace(",", "")) == mv.visual_tokens(frames, height, width, 32)
+        assert int(stamps) == frames // 2 * 8  # see test_sizes; all are below 10 seconds
+        assert int(thirty.replace(",", "")) == 30 * (int(visual.replace(",", "")) + int(stamps))
 
 
 def test_metrics_are_explained():
