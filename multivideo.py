@@ -586,6 +586,11 @@ def check_arguments(args: TrainingArguments, given: set[str]) -> list[str]:
         complain(path and not Path(path).is_dir(), f"--{flag} {path}: no such folder")
     complain(args.system_prompt and CONTROL_TOKENS.search(args.system_prompt),
              "--system_prompt has a control token such as <|im_end|>: take it out")  # fmt: skip
+    kwargs = None
+    with contextlib.suppress(ValueError):
+        kwargs = json.loads(args.chat_template_kwargs or "{}")
+    complain(not isinstance(kwargs, dict), f"--chat_template_kwargs {args.chat_template_kwargs}: expected a JSON "
+             "object such as '{\"enable_thinking\": false}'")  # fmt: skip
     folder = args.video_cache or default_cache()
     args.video_cache = None if folder.lower() == "none" else os.path.abspath(os.path.expanduser(folder))
     if args.video_cache:
@@ -1006,6 +1011,11 @@ def _json(value):
     return text
 
 
+def is_read_by(template: str, name: str) -> bool:
+    """Whether a chat template has a variable of this name."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
 def check_rendered(row: dict, reads: dict[str, bool], template: str):
     """Refuse what a chat template would leave out; `reads`: see Encoder.template_reads.
 
@@ -1016,7 +1026,7 @@ def check_rendered(row: dict, reads: dict[str, bool], template: str):
     if "tools" in kwargs and not reads["tools"]:
         raise ValueError(f"field 'tools': the model's chat template has no place for it: {UNRENDERED['tools']}")
     for name in kwargs:
-        if name != "tools" and not re.search(rf"\b{re.escape(name)}\b", template):
+        if name != "tools" and not is_read_by(template, name):
             raise ValueError(f"field 'chat_template_kwargs': the model's chat template does not read {name!r}")
     turns = row["messages"] + [turn for answer in row.get("completions") or [] for turn in answer]
     for i, turn in enumerate(turns):
@@ -2574,6 +2584,10 @@ class Encoder:
         self.factor = self.patch_size * self.merge_size
         self.timing = FAMILIES[self.config.model_type]
         self.template_kwargs = json.loads(args.chat_template_kwargs or "{}")
+        if unread := [name for name in self.template_kwargs if not is_read_by(self.chat_template, name)]:
+            raise InputError(
+                f"--chat_template_kwargs: the model's chat template does not read {unread[0]!r}: remove it"
+            )
         self.max_positions = self.config.get_text_config().max_position_embeddings
         self.cache = VideoCache(args.video_cache, room, args.video_reader) if args.video_cache else None
         self.watch = watch
