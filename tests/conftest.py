@@ -12,6 +12,7 @@ for folder in (ROOT, ROOT / "tools", ROOT / "tests"):
 
 import pytest
 import torch
+from survival import Runner
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
@@ -24,6 +25,14 @@ def private_caches(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
     os.environ["MULTIVIDEO_CACHE"] = str(tmp_path_factory.mktemp("video_cache"))
+
+
+@pytest.fixture(scope="session")
+def runner(private_caches):
+    """Starts trainers, of one or several processes, as forks of one process that has imported everything."""
+    runner = Runner({}, preload=("peft", "sklearn.metrics", "deepspeed"))
+    yield runner
+    runner.close()
 
 
 @pytest.fixture(scope="session")
