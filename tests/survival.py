@@ -203,7 +203,9 @@ class Runner:
 
     def __init__(self, env: dict, limit: float = 240, preload: tuple = ()):
         self.limit, self.started, self.ends, self.said = limit, [], {}, threading.Condition()
-        self.fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # the environment's ninja: another version would compile DeepSpeed's extensions again, and the next one again
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": path}
         self.process = subprocess.Popen(
             [sys.executable, __file__, *preload], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env={**os.environ, **self.fixed, **env},
