@@ -27,7 +27,7 @@ from reference import qwen_messages, write_clip
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from sklearn import metrics as sk
-from test_train import ROOT, launch, metrics
+from test_train import ROOT, metrics
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 import train_cls

@@ -280,7 +280,7 @@ import multivideo as mv
 import train_sft
 
 mv.PROBE_SECONDS = 1
-os.chdir(os.path.join(os.path.dirname(__file__), os.environ["RANK"]))  # a node with a disk of its own has another folder under the same name
+os.chdir(os.path.join(os.path.dirname(__file__), os.environ["RANK"]))  # a node with a disk of its own
 sys.argv = ["train_sft.py", "--model_id", {model!r}, "--data_path", {data!r}, "--output_dir", "out"]
 mv.run(train_sft.main)
 """

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import multivideo as mv
@@ -25,7 +24,7 @@ from reference import hf_inputs, hf_loss, write_clip
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_packing import close_gradients
-from test_train import ROOT, launch, metrics
+from test_train import ROOT, metrics
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train_dpo

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_survival import SCRIPTS, write_data
-from test_train import launch, metrics, reset_accelerate
+from test_train import metrics, reset_accelerate
 
 STEPS = 5
 SKIPPED = (1, 3)  # windows (from 0) of which every record is too long
