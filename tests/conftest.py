@@ -17,6 +17,16 @@ from survival import Runner
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
 
+LONGEST = ["survival", "faults", "distributed", "packing", "fake_cuda", "benchmark", "tools_data", "predict", "train",
+           "readme", "nothing_learned", "dpo", "grpo", "data", "records", "app", "cls", "adapters"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first, so that no worker of --dist loadfile ends with one while others are idle."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_caches(tmp_path_factory):
     """Arrow files go to a folder of this session, so that every run converts anew."""
