@@ -2,6 +2,7 @@
 
 `python tests/survival.py` is that process. It reads jobs, one JSON object a line, answers with the children's process
 ids, and tells of their ends. A child runs the trainer's file as `__main__`, as a launcher would have started it.
+`Runner.launch` starts what `accelerate launch` would, for the other tests of several processes.
 
 Between any two file operations inside --output_dir, before each backward pass, packing of a row, token of a rollout,
 exchange, write of tensors and fsync, a child passes a *point*, which has a name such as `rename out/checkpoint-2`. A
