@@ -12,8 +12,19 @@ for folder in (ROOT, ROOT / "tools", ROOT / "tests"):
 
 import pytest
 import torch
+from survival import Runner
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+
+
+LONGEST = ["survival", "faults", "distributed", "packing", "fake_cuda", "benchmark", "tools_data", "predict", "train",
+           "readme", "nothing_learned", "dpo", "grpo", "data", "records", "app", "cls", "adapters"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first, so that no worker of --dist loadfile ends with one while others are idle."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,6 +35,14 @@ def private_caches(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
     os.environ["MULTIVIDEO_CACHE"] = str(tmp_path_factory.mktemp("video_cache"))
+
+
+@pytest.fixture(scope="session")
+def runner(private_caches):
+    """Starts trainers, of one or several processes, as forks of one process that has imported everything."""
+    runner = Runner({}, preload=("peft", "sklearn.metrics", "deepspeed"))
+    yield runner
+    runner.close()
 
 
 @pytest.fixture(scope="session")

@@ -69,21 +69,21 @@ def run(objective, variant=None):
         config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / "data.json").write_text(
-            json.dumps([{"id": str(i), **benchmark_gpu.raw_record(objective, 1 + i % 3, i)} for i in range(8)])
-        )
+        records = [{"id": str(i), **benchmark_gpu.raw_record(objective, 1 + i % 3, i)} for i in range(8)]
+        for name, some in (("data", records), ("eval", records[:3])):
+            (folder / f"{name}.json").write_text(json.dumps(some))
         for i in range(3):
             (folder / f"{i}.mp4").touch()
         sys.argv = [
             f"train_{objective}.py", "--model_id", str(folder), "--data_path", str(folder / "data.json"),
-            "--eval_path", str(folder / "data.json"), "--output_dir", str(folder / "out"), "--bf16", "True",
+            "--eval_path", str(folder / "eval.json"), "--output_dir", str(folder / "out"), "--bf16", "True",
             "--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
             "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "no", "--dataloader_num_workers", "0",
             "--nframes", "4", "--video_resized_width", "56", "--video_resized_height", "56", "--video_cache", "none",
             "--gradient_checkpointing", "True", *flags,
         ]  # fmt: skip
         if objective == "grpo":
-            sys.argv += ["--num_generations", "2", "--max_completion_length", "12", "--reward_funcs", "format"]
+            sys.argv += ["--num_generations", "2", "--max_completion_length", "9", "--reward_funcs", "format"]
         device = torch.device("cuda", 0)
         for kind in (transformers.AutoModelForImageTextToText, train_cls.classifier_class("qwen2_5_vl")):
             built = transformers.Qwen2_5_VLForConditionalGeneration if "Auto" in kind.__name__ else kind

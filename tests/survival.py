@@ -2,6 +2,7 @@
 
 `python tests/survival.py` is that process. It reads jobs, one JSON object a line, answers with the children's process
 ids, and tells of their ends. A child runs the trainer's file as `__main__`, as a launcher would have started it.
+`Runner.launch` starts what `accelerate launch` would, for the other tests of several processes.
 
 Between any two file operations inside --output_dir, before each backward pass, packing of a row, token of a rollout,
 exchange, write of tensors and fsync, a child passes a *point*, which has a name such as `rename out/checkpoint-2`. A
@@ -125,7 +126,8 @@ def child(job):
     os.dup2(log, 2)
     os.environ.update(job["env"])
     sys.argv = [job["script"], *job["argv"]]
-    arm(job["argv"][job["argv"].index("--output_dir") + 1], job["faults"], job["trace"])
+    if job["faults"] or job["trace"]:
+        arm(job["argv"][job["argv"].index("--output_dir") + 1], job["faults"], job["trace"])
     runpy.run_path(str(ROOT / job["script"]), run_name="__main__")
 
 
@@ -202,10 +204,12 @@ class Runner:
 
     def __init__(self, env: dict, limit: float = 240, preload: tuple = ()):
         self.limit, self.started, self.ends, self.said = limit, [], {}, threading.Condition()
-        fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # the environment's ninja: another version would compile DeepSpeed's extensions again, and the next one again
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PATH": path}
         self.process = subprocess.Popen(
             [sys.executable, __file__, *preload], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, **fixed, **env},
+            env={**os.environ, **self.fixed, **env},
         )  # fmt: skip
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -221,19 +225,35 @@ class Runner:
 
     def start(self, script, flags, output_dir, world=1, faults=None, env=None, trace=None):
         """Start `world` ranks; `faults`: rank → list of faults. Returns a Run."""
+        argv = [*map(str, flags), "--output_dir", str(output_dir)]
+        return self.fork(script, argv, output_dir, world, faults, env, trace)
+
+    def launch(self, *words, log, check=True):
+        """Run what `accelerate launch WORDS` starts, several processes, forked here: without 16 s of imports.
+
+        accelerate itself makes their environment of its config file; of torchrun, SIGTERM for all when one has failed
+        is left. `log` is what the names of the log files begin with.
+        """
+        script, argv, world, env = read_launch(words)
+        run = self.fork(script, argv, log, world, env={**env, **self.fixed}).wait(kill_others=30)
+        assert not check or not any(run.codes), "\n".join(run.said)[-8000:]
+        return run
+
+    def fork(self, script, argv, log, world, faults=None, env=None, trace=None):
+        """Start `world` ranks of any script; `log` begins the names of their log files. Returns a Run."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         pids, logs = [], []
-        Path(output_dir).parent.mkdir(parents=True, exist_ok=True)
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
         for rank in range(world):
-            logs.append(f"{output_dir}.{time.time_ns()}.{rank}.log")
+            logs.append(f"{log}.{time.time_ns()}.{rank}.log")
             Path(logs[-1]).touch()
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 or env else {}  # fmt: skip
             job = {
-                "script": script, "argv": [*map(str, flags), "--output_dir", str(output_dir)], "log": logs[-1],
-                "env": {key: str(value) for key, value in {**ranks, **(env or {})}.items()},
+                "script": str(script), "argv": list(map(str, argv)), "log": logs[-1],
+                "env": {key: str(value) for key, value in {**(env or {}), **ranks}.items()},
                 "faults": (faults or {}).get(rank, []), "trace": trace and f"{trace}.{rank}",
             }  # fmt: skip
             with self.said:
@@ -250,6 +270,23 @@ class Runner:
     def close(self):
         self.process.stdin.close()
         self.process.wait(20)
+
+
+def read_launch(words) -> tuple[str, list[str], int, dict]:
+    """(script, its arguments, number of processes, their environment): what `accelerate launch WORDS` hands on to
+    torchrun."""
+    from unittest import mock
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    handed = []
+
+    def noted(args):
+        handed.append((args.training_script, args.training_script_args, int(args.nproc_per_node), dict(os.environ)))
+
+    with mock.patch("torch.distributed.run.run", noted):
+        launch_command(launch_command_parser().parse_args([str(word) for word in words]))
+    return handed[0]
 
 
 def at(points: list[str], i: int, do: str) -> dict:

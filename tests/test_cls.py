@@ -27,7 +27,7 @@ from reference import qwen_messages, write_clip
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from sklearn import metrics as sk
-from test_train import ROOT, launch, metrics
+from test_train import ROOT, metrics
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 import train_cls
@@ -1113,17 +1113,17 @@ def test_outputs_that_are_not_finite(train, folder, tmp_path):
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
-def test_two_processes_equal_one(train, wide_model, folder, tmp_path, config):
+def test_two_processes_equal_one(runner, train, wide_model, folder, tmp_path, config):
     """Rows of one sample, of text only and none at all on some ranks: losses, metrics and weights of one process."""
     flags = ["--eval_path", folder / f"{SINGLE}.json", "--eval_strategy", "epoch", "--optim", "sgd", "--learning_rate",
              0.1, "--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 2, "--save_strategy", "no",
              "--max_steps", 3]  # fmt: skip
     one = train(tmp_path / "one", *flags, "--gradient_accumulation_steps", 4)
-    done = launch(
-        Path(sys.executable).parent / "accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml",
-        "--num_processes", 2, "train_cls.py", *run_flags(wide_model, folder), *flags, "--output_dir", tmp_path / "two",
+    done = runner.launch(
+        "--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", 2, "train_cls.py",
+        *run_flags(wide_model, folder), *flags, "--output_dir", tmp_path / "two", log=tmp_path / "two",
     )  # fmt: skip
-    assert "4 per step = 1 samples × 2 rows × 2 processes" in done.stderr
+    assert "4 per step = 1 samples × 2 rows × 2 processes" in done.said[0]
     for ours, theirs in zip(metrics(tmp_path / "two"), one, strict=True):
         for key, value in theirs.items():
             same = ours[key] == value if isinstance(value, list) else ours[key] == pytest.approx(value, 1e-5, 1e-6)

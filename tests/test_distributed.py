@@ -57,16 +57,28 @@ def mixed(demo, tmp_path_factory):  # noqa: F811
     ]  # fmt: skip
 
 
-def run(config, flags, output_dir, processes, rows, **kwargs):
-    """`processes` × `rows` rows of one sample, launched with a file of accelerate_configs."""
-    done = launch(
-        Path(sys.executable).parent / "accelerate", "launch", "--config_file", CONFIGS / f"{config}.yaml",
-        "--num_processes", processes, "train_sft.py", *flags, "--output_dir", output_dir,
-        "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", rows, **kwargs,
-    )  # fmt: skip
-    assert f"4 per step = 1 samples × {rows} rows × {processes} processes" in done.stderr
-    assert re.search(r"trained +[1-9][\d,]+ parameters", done.stderr)
-    return done
+@pytest.fixture
+def run(runner):
+    """Function that trains on `processes` × `rows` rows of one sample with a file of accelerate_configs.
+
+    `really`: by `accelerate launch`, as a user does; else its processes are forked (Runner.launch).
+    """
+
+    def run(config, flags, output_dir, processes, rows, check=True, really=False):
+        words = [
+            "--config_file", CONFIGS / f"{config}.yaml", "--num_processes", processes, "train_sft.py", *flags,
+            "--output_dir", output_dir, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", rows,
+        ]  # fmt: skip
+        if really:
+            said = launch(Path(sys.executable).parent / "accelerate", "launch", *words).stderr
+        else:
+            done = runner.launch(*words, log=output_dir, check=check)
+            said = "\n".join(done.said)
+        assert f"4 per step = 1 samples × {rows} rows × {processes} processes" in said
+        assert re.search(r"trained +[1-9][\d,]+ parameters", said)
+        return None if really else done
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +123,7 @@ def test_the_data_is_mixed(alone):
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (4, 1)])
-def test_ranks_times_accumulation(mixed, alone, tmp_path, shape):
+def test_ranks_times_accumulation(run, mixed, alone, tmp_path, shape):
     """1×4, 2×2 and 4×1 processes × rows are the same training; under SGD the parameters show it directly."""
     run("ddp", [*mixed, "--optim", "sgd"], tmp_path, *shape)
     assert_same_run(tmp_path, alone["sgd"], 1e-5)
@@ -119,8 +131,8 @@ def test_ranks_times_accumulation(mixed, alone, tmp_path, shape):
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_two_processes_equal_one(mixed, alone, tmp_path, config):
-    run(config, mixed, tmp_path, 2, 2)
+def test_two_processes_equal_one(run, mixed, alone, tmp_path, config):
+    run(config, mixed, tmp_path, 2, 2, really=config in ("ddp", "zero3"))
     assert_same_run(tmp_path, alone["adamw_torch"], 1e-4)
     assert_same_weights(tmp_path, alone["adamw_torch"], 1e-3)
     names = {file.name for file in (tmp_path / "checkpoint-5").iterdir()}
@@ -140,7 +152,7 @@ def test_two_processes_equal_one(mixed, alone, tmp_path, config):
             mv.restore_checkpoint(again / "checkpoint-5", alone_now, state)
 
 
-def test_more_processes_continue_one(mixed, alone, tmp_path):
+def test_more_processes_continue_one(run, mixed, alone, tmp_path):
     """A checkpoint of one process, continued by two at the same global batch: the same samples and losses."""
     shutil.copytree(alone["adamw_torch"] / "checkpoint-5", tmp_path / "checkpoint-5")
     shutil.copy(alone["adamw_torch"] / "metrics.jsonl", tmp_path)
@@ -149,22 +161,22 @@ def test_more_processes_continue_one(mixed, alone, tmp_path):
 
 
 @pytest.mark.parametrize("config", ["zero2", "zero3"])
-def test_bad_steps_update_nothing_under_deepspeed(mixed, tmp_path, config):
+def test_bad_steps_update_nothing_under_deepspeed(run, mixed, tmp_path, config):
     """fp32 ZeRO-2 has no overflow check of its own: one absurd step, then every step is recorded and skipped."""
     flags = [*mixed, "--learning_rate", 1e30, "--lr_scheduler_type", "constant", "--max_bad_steps", 2]
     done = run(config, flags, tmp_path, 2, 2, check=False)
-    assert done.returncode and "2 steps in a row had a loss or gradient that is not finite" in done.stderr
+    assert all(done.codes) and "2 steps in a row had a loss or gradient that is not finite" in done.said[0]
     assert [row.get("not_finite") for row in metrics(tmp_path)] == [None, "loss", "loss"]
 
 
-def test_fsdp2(mixed, demo, alone, tmp_path):  # noqa: F811
+def test_fsdp2(runner, mixed, demo, alone, tmp_path):  # noqa: F811
     """FSDP2 as accelerate does it, two processes: losses of one, continued to the last bit; bf16 (see the worker)."""
-    torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "tests/fsdp2_worker.py"]
     data = [demo / "model", mixed[3], demo / "videos"]
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    launch(*torchrun, *data, tmp_path / "a")
-    launch(*torchrun, *data, tmp_path / "b", tmp_path / "a" / "checkpoint-5")
+    for name, checkpoint in (("a", []), ("b", [tmp_path / "a" / "checkpoint-5"])):
+        (tmp_path / name).mkdir()
+        worker = [*data, tmp_path / name, *checkpoint]
+        done = runner.fork("tests/fsdp2_worker.py", worker, tmp_path / name, world=2).wait(kill_others=5)
+        assert done.codes == [0, 0], "\n".join(done.said)[-6000:]
     straight, resumed = (json.loads((tmp_path / name / "losses.json").read_text()) for name in "ab")
     assert straight["world_size"] == 2 and len(straight["losses"]) == STEPS
     assert resumed["losses"] == straight["losses"][5:]
@@ -254,45 +266,41 @@ print("norm", engine.step()[0])
 """
 
 
-def test_gradients_of_rows_are_added_up_in_fp32(tmp_path, monkeypatch):
+def test_gradients_of_rows_are_added_up_in_fp32(runner, tmp_path):
     """Under ZeRO-2 in bf16 a row of gradients 1 and 50 rows of 0.002 make 1.1 on 8 × 8 weights; in bf16 it stays 1."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "rows.py").write_text(ROWS)
-    accelerate = Path(sys.executable).parent / "accelerate"
-    done = launch(accelerate, "launch", "--config_file", CONFIGS / "zero2.yaml", "--num_processes", 1,
-                  tmp_path / "rows.py")  # fmt: skip
-    assert float(done.stdout.split("norm ")[1].split()[0]) == pytest.approx(8.8, rel=1e-3)
+    words = ["--config_file", CONFIGS / "zero2.yaml", "--num_processes", 1, tmp_path / "rows.py"]
+    done = runner.launch(*words, log=tmp_path / "rows")
+    assert float(done.said[0].split("norm ")[1].split()[0]) == pytest.approx(8.8, rel=1e-3)
 
 
 NODES = """
 import os, sys
-sys.path.insert(0, {root!r})
 import multivideo as mv
 import train_sft
 
 mv.PROBE_SECONDS = 1
-os.chdir(os.environ["RANK"])  # a node with a disk of its own has another folder under the same name
+os.chdir(os.path.join(os.path.dirname(__file__), os.environ["RANK"]))  # a node with a disk of its own
 sys.argv = ["train_sft.py", "--model_id", {model!r}, "--data_path", {data!r}, "--output_dir", "out"]
 mv.run(train_sft.main)
 """
 
 
-def test_nodes_with_folders_of_their_own_are_refused(mixed, tmp_path):
+def test_nodes_with_folders_of_their_own_are_refused(runner, mixed, tmp_path):
     """Only rank 0's folder would become the checkpoint: the run ends at once, and says what to do."""
     for rank in "01":
         (tmp_path / rank / "out").mkdir(parents=True)
-    script = NODES.format(root=str(ROOT), model=str(mixed[1]), data=str(mixed[3]))
-    (tmp_path / "nodes.py").write_text(script)
-    accelerate = Path(sys.executable).parent / "accelerate"
-    done = launch(accelerate, "launch", "--config_file", CONFIGS / "ddp.yaml", "--num_processes", 2,
-                  tmp_path / "nodes.py", cwd=tmp_path, check=False)  # fmt: skip
+    (tmp_path / "nodes.py").write_text(NODES.format(model=str(mixed[1]), data=str(mixed[3])))
+    words = ["--config_file", CONFIGS / "ddp.yaml", "--num_processes", 2, tmp_path / "nodes.py"]
+    done = runner.launch(*words, log=tmp_path / "nodes", check=False)
+    said = "\n".join(done.said)
     host = socket.gethostname()
     message = (
         f"train_sft.py: --output_dir out is not one folder for all processes: a file that process 0 on {host} wrote "
         f"there is not seen by process 1 on {host}, whose parts of checkpoints would be lost. Name a folder on a file "
         "system that all nodes share"
     )
-    assert done.returncode and done.stderr.count(message) == 1 and "multivideo.py" not in done.stderr
+    assert all(done.codes) and said.count(message) == 1 and "multivideo.py" not in said
     assert [path for rank in "01" for path in (tmp_path / rank / "out").iterdir()] == []
 
 
@@ -385,7 +393,7 @@ ADAPTERS = {  # kind → (flags, configs): adapter in the language model, tower 
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_adapters_over_processes(mixed, demo, tmp_path, monkeypatch, kind):  # noqa: F811
+def test_adapters_over_processes(run, mixed, demo, tmp_path, monkeypatch, kind):  # noqa: F811
     """DDP and ZeRO-3 write the adapter of one process, no tensor empty; plain peft gives the same logits."""
     own, configs = ADAPTERS[kind]
     flags = [

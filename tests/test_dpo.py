@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import multivideo as mv
@@ -25,7 +24,7 @@ from reference import hf_inputs, hf_loss, write_clip
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_packing import close_gradients
-from test_train import ROOT, launch, metrics
+from test_train import ROOT, metrics
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train_dpo
@@ -758,17 +757,17 @@ mv.run(train_dpo.main)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "file"])
-def test_two_processes_under_zero3(mixed, straight, adapted, tmp_path, kind):
+def test_two_processes_under_zero3(runner, mixed, straight, adapted, tmp_path, kind):
     """Split weights: the adapter switched off in each forward; a split frozen copy that fills the file, two by two."""
     own = ADAPTER if kind == "adapter" else ["--precompute_ref_log_probs", "True"]
     (tmp_path / "train_dpo_twice.py").write_text(TWICE)
-    done = launch(
-        Path(sys.executable).parent / "accelerate", "launch", "--config_file", "accelerate_configs/zero3.yaml",
-        "--num_processes", 2, "train_dpo.py" if kind == "adapter" else tmp_path / "train_dpo_twice.py", *mixed, *own,
+    done = runner.launch(
+        "--config_file", "accelerate_configs/zero3.yaml", "--num_processes", 2,
+        "train_dpo.py" if kind == "adapter" else tmp_path / "train_dpo_twice.py", *mixed, *own,
         "--gradient_accumulation_steps", 1, "--per_device_eval_batch_size", 1, "--dataloader_num_workers", 0,
-        "--output_dir", tmp_path,
+        "--output_dir", tmp_path, log=tmp_path / "rank",
     )  # fmt: skip
-    assert "4 per step = 2 samples × 1 rows × 2 processes" in done.stderr
+    assert "4 per step = 2 samples × 1 rows × 2 processes" in done.said[0]
     same_runs(tmp_path, adapted if kind == "adapter" else straight, 1e-4)
     assert len(list(tmp_path.glob("ref_log_probs-*.safetensors"))) == (0 if kind == "adapter" else 2)
     if kind == "file":  # both models were loaded in the type that the run asked for

@@ -1375,15 +1375,13 @@ def test_trained_biases_are_not_the_reference_s(flags, demo, tmp_path, monkeypat
             torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
 
 
-def test_two_processes_under_zero3_equal_one(straight, flags, tmp_path):
+def test_two_processes_under_zero3_equal_one(runner, straight, flags, tmp_path):
     """Weights and reference split over two processes, gathered for the rollouts: completions, losses and rewards."""
-    from test_train import launch
-
     one_row = [1 if flags[i - 1] == "--gradient_accumulation_steps" else flag for i, flag in enumerate(flags)]
-    launch(
-        Path(sys.executable).parent / "accelerate", "launch", "--config_file", "accelerate_configs/zero3.yaml",
-        "--num_processes", 2, "train_grpo.py", *one_row, *evaluation(flags), "--save_strategy", "no",
-        "--dataloader_num_workers", 0, "--output_dir", tmp_path,
+    runner.launch(
+        "--config_file", "accelerate_configs/zero3.yaml", "--num_processes", 2, "train_grpo.py", *one_row,
+        *evaluation(flags), "--save_strategy", "no", "--dataloader_num_workers", 0, "--output_dir", tmp_path,
+        log=tmp_path / "rank",
     )  # fmt: skip
     for ours, expected in itertools.zip_longest(steady(tmp_path), steady(straight)):
         assert ours.keys() == expected.keys()
@@ -1394,13 +1392,12 @@ def test_two_processes_under_zero3_equal_one(straight, flags, tmp_path):
     assert len(texts[0]) == 3 and texts[0] == texts[1]
 
 
-def test_fsdp2_rollouts(flags, demo, tmp_path):  # noqa: F811
+def test_fsdp2_rollouts(runner, flags, demo, tmp_path):  # noqa: F811
     """Weights split by torch's fully_shard over two processes: rollouts before and after an update, and the update."""
-    from test_train import launch
-
     data = flags[flags.index("--data_path") + 1]
-    launch(Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "--master_port", 29641,
-           "tests/fsdp2_rollout.py", demo / "model", data, demo / "videos", tmp_path)  # fmt: skip
+    worker = [demo / "model", data, demo / "videos", tmp_path]
+    done = runner.fork("tests/fsdp2_rollout.py", worker, tmp_path / "rank", world=2).wait(kill_others=5)
+    assert done.codes == [0, 0], "\n".join(done.said)[-6000:]
     told = json.loads((tmp_path / "rollout.json").read_text())
     args = grpo.GRPOArguments(
         model_id=str(demo / "model"), nframes=4, video_resized_width=56, video_resized_height=56, num_generations=3,

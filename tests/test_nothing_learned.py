@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_survival import SCRIPTS, write_data
-from test_train import launch, metrics, reset_accelerate
+from test_train import metrics, reset_accelerate
 
 STEPS = 5
 SKIPPED = (1, 3)  # windows (from 0) of which every record is too long
@@ -252,23 +252,23 @@ def test_skipped_steps_change_nothing(flags, tmp_path, monkeypatch, script):
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
-def test_skipped_steps_over_processes(flags, tmp_path, config):
+def test_skipped_steps_over_processes(runner, flags, tmp_path, config):
     """Two processes decide alike, under DeepSpeed too, whose own step would decay the weights."""
     own = [*flags["train_sft.py"], "--gradient_accumulation_steps", 1, "--save_steps", 1, "--eval_steps", STEPS]
-    launch(Path(sys.executable).parent / "accelerate", "launch", "--config_file", f"accelerate_configs/{config}.yaml",
-           "--num_processes", 2, "train_sft.py", *own, "--output_dir", tmp_path)  # fmt: skip
+    runner.launch("--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", 2, "train_sft.py", *own,
+                  "--output_dir", tmp_path, log=tmp_path / "rank")  # fmt: skip
     assert_rows(tmp_path)
     assert (tmp_path / "checkpoint-1" / "deepspeed").is_dir() is config.startswith("zero")
     assert_only_real_steps_move(tmp_path)
 
 
-def test_completions_that_are_all_truncated(flags, tmp_path):
+def test_completions_that_are_all_truncated(runner, flags, tmp_path):
     """With --mask_truncated_completions none of them counts: on two processes under ZeRO-3 no step is taken."""
     own = [*flags["train_grpo.py"], "--gradient_accumulation_steps", 1, "--max_completion_length", 1, "--beta", 0.1,
            "--mask_truncated_completions", "True", "--max_seq_length", 4000, "--save_steps", 1,
            "--eval_strategy", "no"]  # fmt: skip
-    launch(Path(sys.executable).parent / "accelerate", "launch", "--config_file", "accelerate_configs/zero3.yaml",
-           "--num_processes", 2, "train_grpo.py", *own, "--output_dir", tmp_path)  # fmt: skip
+    runner.launch("--config_file", "accelerate_configs/zero3.yaml", "--num_processes", 2, "train_grpo.py", *own,
+                  "--output_dir", tmp_path, log=tmp_path / "rank")  # fmt: skip
     rows = read_strictly(tmp_path / "metrics.jsonl")
     assert [row["supervised_tokens"] for row in rows] == [0] * STEPS, "a completion of one token ended by itself"
     for row in rows:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from make_demo import save_tiny_model
 from merge_lora import merge
 from PIL import Image
 from reference import qwen_messages, write_clip
-from test_train import ROOT, launch, reset_accelerate
+from test_train import ROOT, reset_accelerate
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train_grpo
@@ -189,9 +190,34 @@ def test_models_of_another_position_rule(data, model, tmp_path, monkeypatch, cap
     assert "warning" not in capsys.readouterr().err
 
 
+def running(output):
+    """Ids of the processes that have the path in their command."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(output) in path.read_bytes():
+                pids.append(int(path.parent.name))
+    return pids
+
+
+def rank_of(pid):
+    """What torchrun gave the process as its RANK; -1 of the launcher."""
+    environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return int(dict(line.split("=", 1) for line in environment if line).get("RANK", -1))
+
+
+def waits_for(pid, number):
+    """Whether the signal was sent to a process and not yet delivered."""
+    pending = re.search(r"ShdPnd:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(pending, 16) & 1 << number - 1)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_for_real(data, model, predicted, tmp_path, monkeypatch, processes):
-    """SIGKILL in the middle, of all processes: the same command completes the file, every record in it once."""
+def test_killed_for_real(runner, data, model, predicted, tmp_path, monkeypatch, processes):
+    """SIGKILL in the middle: the same command completes the file, every record in it once.
+
+    Of two processes the second is killed, and the first cannot go on: accelerate launch ends it, and fails.
+    """
     output = tmp_path / "predictions.jsonl"
     flags = ["--model_id", model, "--data_path", data / "data.json", *SIZES, "--batch_size", 1]
     flags += ["--output_path", output]
@@ -208,11 +234,17 @@ def test_killed_for_real(data, model, predicted, tmp_path, monkeypatch, processe
     while min(counts()) < 3 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):  # the launcher and its processes
-        with contextlib.suppress(OSError):
-            if os.fsencode(output) in path.read_bytes():
-                os.kill(int(path.parent.name), signal.SIGKILL)
-    process.wait()
+    if processes == 1:
+        process.kill()
+    else:
+        first, second = (next(pid for pid in running(output) if rank_of(pid) == rank) for rank in range(2))
+        os.kill(first, signal.SIGSTOP)  # as if it waited in a collective
+        os.kill(second, signal.SIGKILL)
+        while not waits_for(first, signal.SIGTERM) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert waits_for(first, signal.SIGTERM)
+        os.kill(first, signal.SIGCONT)
+    assert process.wait(timeout=60) != 0 and running(output) == []
     assert min(counts()) >= 3 and sum(counts()) < 54 and output.exists() == (processes == 1)
     rows = [row for file in files for row in lines(file)]
     assert len({row["id"] for row in rows}) == len(rows)
@@ -220,7 +252,10 @@ def test_killed_for_real(data, model, predicted, tmp_path, monkeypatch, processe
         run(monkeypatch, *flags, "--max_new_tokens", 9)
     with open(files[-1], "r+b") as file:  # as if it had come amid a line
         file.truncate(file.seek(-5, os.SEEK_END))
-    launch(*command) if processes == 2 else run(monkeypatch, *flags, "--max_new_tokens", 8)
+    if processes == 2:
+        runner.launch(*command[2:], log=tmp_path / "rank")
+    else:
+        run(monkeypatch, *flags, "--max_new_tokens", 8)
     assert lines(output) == lines(predicted) and all(row in lines(output) for row in rows)
     assert not list(tmp_path.glob("*.part-*"))
 

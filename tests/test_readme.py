@@ -18,7 +18,7 @@ import multivideo as mv
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from test_train import demo, launch  # noqa: F401
+from test_train import demo, in_process  # noqa: F401
 from transformers import HfArgumentParser
 
 import train_cls
@@ -187,7 +187,7 @@ def test_with_data_of_ones_own(demo, tmp_path):  # noqa: F811
     assert len(answers) == 3 and all("prediction" in answer for answer in answers)
 
 
-def test_sft_then_dpo(demo, tmp_path):  # noqa: F811
+def test_sft_then_dpo(demo, tmp_path, monkeypatch):  # noqa: F811
     """The README's chain of SFT and DPO, its commands as they are but for model, data, folders and length."""
     (sft,) = (c for c in COMMANDS if "train_sft.py" in c and "--bits" in c)
     (dpo,) = (c for c in COMMANDS if "train_dpo.py" in c and "--lora_weight_path" in c)
@@ -197,11 +197,11 @@ def test_sft_then_dpo(demo, tmp_path):  # noqa: F811
         flags = dict(zip(words[::2], words[1::2]))  # the last of a flag stands
         out = tmp_path / flags["--output_dir"]
         flags |= {"--model_id": demo / "model", "--data_path": demo / data, "--image_folder": demo / "videos",
-                  "--output_dir": out, "--max_steps": 1, "--gradient_accumulation_steps": 1,
-                  "--dataloader_num_workers": 0}  # fmt: skip
+                  "--output_dir": out, "--max_steps": 1, "--gradient_accumulation_steps": 1}  # fmt: skip
         if "--lora_weight_path" in flags:
             flags["--lora_weight_path"] = tmp_path / flags["--lora_weight_path"]
-        launch(sys.executable, script, *(word for pair in flags.items() for word in pair))
+        words = [word for pair in flags.items() for word in pair]
+        in_process(monkeypatch, *words, trainer=script.removesuffix(".py"))
         (row,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert row["loss"] > 0 and (out / "adapter_model.safetensors").is_file()
     assert abs(row["rewards/margins"]) < 1e-4  # the reference is the adapter that it began with

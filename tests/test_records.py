@@ -372,14 +372,15 @@ def test_options_may_come_late(tmp_path):
     assert loaded[2001]["id"] == "line 2002"
 
 
-def test_a_list_after_120_000_strings(tmp_path):
-    line = json.dumps(llava("?", "!", video="a.mp4"))
+def test_a_list_after_12_000_strings_in_10_mb(tmp_path):
+    line = json.dumps(llava("?", "!" * 900, video="a.mp4"))
     path = tmp_path / "long.json"
-    path.write_text("[" + (line + ",\n") * 120_000 + json.dumps(llava("?", "!", video=["a.mp4", "b.mp4"])) + "]")
+    path.write_text("[" + (line + ",\n") * 12_000 + json.dumps(llava("?", "!", video=["a.mp4", "b.mp4"])) + "]")
+    assert path.stat().st_size > 10 << 20
     loaded = load(path)
-    assert len(loaded) == 120_001
-    assert loaded[119_999]["messages"][0]["content"] == [video("a.mp4"), text("?")]
-    assert loaded[120_000]["messages"][0]["content"] == [video("a.mp4"), video("b.mp4"), text("?")]
+    assert len(loaded) == 12_001
+    assert loaded[11_999]["messages"][0]["content"] == [video("a.mp4"), text("?")]
+    assert loaded[12_000]["messages"][0]["content"] == [video("a.mp4"), video("b.mp4"), text("?")]
 
 
 def test_an_unchanged_file_is_not_read_again_and_a_changed_one_is(tmp_path, monkeypatch):

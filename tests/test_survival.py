@@ -20,7 +20,7 @@ import multivideo as mv
 import pytest
 import torch
 from reference import write_clip
-from survival import ROOT, ZERO3, Runner, at, differences, metrics
+from survival import ROOT, ZERO3, at, differences, metrics
 
 RESUME = ["--resume_from_checkpoint", "auto"]
 INTACT = "what was saved before is intact: make room or mend the disk, then --resume_from_checkpoint auto"
@@ -57,13 +57,6 @@ TRAINERS = {  # script → what a record is, and its own flags; dropout makes ev
                                      "--reward_funcs", "FOLDER/rewards.py:letters", "--logging_steps", 2]),
 }  # fmt: skip
 SCRIPTS = list(TRAINERS)
-
-
-@pytest.fixture(scope="session")
-def runner():
-    runner = Runner({}, preload=("peft", "sklearn.metrics"))
-    yield runner
-    runner.close()
 
 
 def write_data(folder, model):

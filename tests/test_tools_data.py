@@ -10,7 +10,6 @@ import os
 import re
 import struct
 import sys
-import time
 import weakref
 
 import multivideo as mv
@@ -24,6 +23,7 @@ import preview
 import pytest
 import torch
 import yaml
+from harmful import harmful
 from PIL import Image
 from reference import write_clip
 from test_reading import write_timed
@@ -366,15 +366,6 @@ def endless():
     for i in itertools.count():
         endless.taken = i + 1
         yield i
-
-
-def harmful(item):
-    """A worker's task: some items hang, kill the process or are refused."""
-    if item == 5:
-        time.sleep(60)
-    if item == 9:
-        os._exit(7)
-    return item * item
 
 
 def test_hanging_and_dying_files_are_findings():

@@ -147,18 +147,18 @@ def test_loss_equals_plain_model(straight, demo, flags):
 
 
 @pytest.mark.parametrize("step", [7, 13])
-def test_resume_is_bit_equal(straight, demo, flags, tmp_path, step):
+def test_resume_is_bit_equal(runner, straight, demo, flags, tmp_path, step):
     """Resumed at a step: the same losses, rates, gradients, records and weights as without the break, bit for bit."""
     folder, _ = straight
     shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     shutil.copy(folder / "metrics.jsonl", tmp_path)  # rows after the checkpoint must be dropped, not doubled
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 20, "lo')  # torn by a kill
-    launch(
-        sys.executable, "train_sft.py", *flags[:-1], 0, "--eval_path", demo / "sft_eval.json",
-        "--eval_strategy", "steps",
-        "--eval_steps", 10, "--save_strategy", "no", "--output_dir", tmp_path, "--resume_from_checkpoint", "auto",
-    )  # fmt: skip
+    run = runner.run("train_sft.py", [
+        *flags[:-1], 0, "--eval_path", demo / "sft_eval.json", "--eval_strategy", "steps", "--eval_steps", 10,
+        "--save_strategy", "no", "--resume_from_checkpoint", "auto",
+    ], tmp_path)  # fmt: skip
+    assert run.codes == [0], run.said[0][-6000:]
     assert metrics(tmp_path) == metrics(folder)
     expected = load_file(folder / "model.safetensors")
     assert all(torch.equal(value, expected[name]) for name, value in load_file(tmp_path / "model.safetensors").items())
