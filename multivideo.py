@@ -3348,11 +3348,12 @@ def use_packed_attention(model, kernel: str):
         if isinstance(getattr(module, "proj", None), torch.nn.Conv3d):
             module.proj = PatchProjection(module.proj)
         if type(module).__name__.endswith("GatedDeltaNet") and not isinstance(module, PackedRecurrence):
-            module.__class__ = _packed_class(type(module))
+            module.__class__ = packed_class(type(module))
 
 
 @functools.cache
-def _packed_class(layer_class):
+def packed_class(layer_class: type) -> type:
+    """The class of a recurrent layer with PackedRecurrence mixed into it."""
     return type(f"Packed{layer_class.__name__}", (PackedRecurrence, layer_class), {})
 
 

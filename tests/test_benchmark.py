@@ -110,6 +110,16 @@ def test_alignment_check(monkeypatch, right):
         assert figures["relative error"] > figures["at most"]
 
 
+def test_recurrence_check(run, monkeypatch):
+    """It holds, and does not where answers begin without their prompt's state."""
+    figures = run[1]["checks"]["states that answers go on from"]
+    assert figures["holds"] and 0 < figures["ours"] < 0.05 and figures["kernels"] == "plain torch"
+    nothing = staticmethod(lambda self, conv=None, recurrent=None: vars(self).update(conv=None, recurrent=None))
+    monkeypatch.setattr(mv.RecurrentStates, "__init__", nothing.__func__)
+    figures = benchmark_gpu.check_recurrence("cpu", torch.bfloat16, 2)
+    assert figures["ratio"] > 5 * figures["at most"]
+
+
 @pytest.fixture
 def bench(tmp_path):
     return benchmark_gpu.Bench(SimpleNamespace(device="cpu", model="tiny", minutes=1e6), tmp_path)

@@ -73,5 +73,5 @@ def test_benchmark_runs_to_its_end(runs):
     assert {cell["part"] for cell in results["cells"]} == {
         "training", "packing", "rollouts", "optimizer", "tower", "attention", "decoding",
     }  # fmt: skip
-    assert len(results["checks"]) == 6
+    assert len(results["checks"]) == 7
     assert not [figures for figures in results["checks"].values() if {"failed", "skipped"} & figures.keys()]

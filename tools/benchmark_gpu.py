@@ -50,6 +50,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 STARTED = time.monotonic()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -164,7 +165,8 @@ class RandomPixels(mv.Encoder):
         shape = (self.args.nframes, 3, size, size)
         frames = [torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8)) for _ in parts]
         clips = [mv.patchify(clip, self.patch_size, self.merge_size) for clip in frames]
-        return [(*clip, SECONDS_PER_GRID) for clip in clips], False
+        times = mv.frame_list_times(self.args.nframes, mv.FRAME_FACTOR / SECONDS_PER_GRID)
+        return [(*clip, SECONDS_PER_GRID, times) for clip in clips], False
 
 
 def raw_record(objective: str, videos: int, i: int) -> dict:
@@ -401,6 +403,54 @@ def check_tower_heads(device, kernel: str, dtype, dim: int = 80) -> dict:
     with sdpa_kernel(SDPBackend.MATH):  # no TF32 inside
         reference = attend(lambda *qkv: masked_attention(*qkv, mask), tensors, torch.float32)
     return {"relative error": max(relative_error([a], [b]) for a, b in zip(ours, reference)), "at most": 0.02}
+
+
+def check_recurrence(device, dtype, heads: int = 16) -> dict:
+    """A gated delta net at Qwen3.5's head sizes: answers that go on from their prompt's state, gradients through it.
+
+    The error against prompt + answer one by one in fp32 in plain torch, over that of the same layer one by one in low
+    precision with the kernels that are installed.
+    """
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
+
+    names = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn")
+    kernels = "flash-linear-attention" if importlib.util.find_spec("fla") else "plain torch"
+    config = qwen.Qwen3_5TextConfig(
+        hidden_size=64 * heads, linear_num_key_heads=heads, linear_num_value_heads=heads * 2,
+        layer_types=["linear_attention"], num_hidden_layers=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    layer = qwen.Qwen3_5GatedDeltaNet(config, 0).to(device)
+    lengths, prefixes = [300, 17, 64, 1, 129, 40], [None, 0, 0, 0, None, 4]
+    plan = mv.AttentionPlan.make(lengths, prefixes, device)
+    row = torch.randn(1, sum(lengths), config.hidden_size, device=device)
+    weight = torch.randn_like(row)  # of the sum whose gradients are compared
+
+    def one_by_one(x):
+        parts = x.split(lengths, 1)
+        return torch.cat([layer(part) if prefix is None else layer(torch.cat([parts[prefix], part], 1))
+                          [:, lengths[prefix] :] for part, prefix in zip(parts, prefixes)], 1)  # fmt: skip
+
+    def packed(x):
+        layer.__class__ = mv.packed_class(qwen.Qwen3_5GatedDeltaNet)
+        try:
+            return layer(x, plan=plan)
+        finally:
+            layer.__class__ = qwen.Qwen3_5GatedDeltaNet
+
+    def run(function, low):
+        x = row.clone().requires_grad_()
+        with torch.autocast(torch.device(device).type, dtype, enabled=low):
+            output = function(x)
+        gradients = torch.autograd.grad((output.float() * weight).sum(), [x, *layer.parameters()])
+        return [output.detach().float(), *gradients]
+
+    plain = {name: getattr(getattr(qwen, name), "__wrapped__", getattr(qwen, name)) for name in names}
+    with mock.patch.multiple(qwen, **plain):
+        reference = run(one_by_one, False)
+    ours, theirs = (max(relative_error([a], [b]) for a, b in zip(run(function, True), reference))
+                    for function in (packed, one_by_one))  # fmt: skip
+    return {"ours": ours, "one by one": theirs, "ratio": ours / theirs, "at most": 1.5, "kernels": kernels}
 
 
 def check_precision(bench) -> tuple[dict, dict]:
@@ -1026,13 +1076,15 @@ class Bench:
             ("head dimension 80",): lambda: [check_tower_heads(self.device, self.kernel, half)],
             ("other head dimensions",): lambda: [check_heads(self.device, self.kernel, half)],
             ("masks",): lambda: [check_masks(self.device, half)],
+            ("states that answers go on from",): lambda: [check_recurrence(self.device, half, 16 if self.cuda else 2)],
             ("bf16 error", "gradients"): lambda: check_precision(self),
         }
         checks = {}
         for names, check in todo.items():
             try:
                 self.measuring = True
-                figures = check() if self.cuda or len(names) == 2 else [skipped]
+                on_cpu = {"bf16 error", "states that answers go on from"} & {*names}
+                figures = check() if self.cuda or on_cpu else [skipped]
             except OutOfTime:
                 figures = [{"skipped": "not reached"} for _ in names]
             except Exception as error:  # does not hold; what can be measured all the same is measured
