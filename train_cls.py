@@ -294,13 +294,17 @@ class VideoSequenceClassifier:
                 weight.copy_(values)
 
 
-@cache
 def classifier_class(model_type: str, mlp_head: bool = False) -> type:
     """The class of a family with a head, such as Qwen2_5_VLForSequenceClassification; `model_type`: config.json's.
 
     Made when asked for, because the library's model classes take seconds to import. Where the library has a class of
     the name, a linear head is saved for it, and the class of an `mlp_head` has another name; both load either.
     """
+    return _classifier_class(model_type, mlp_head)
+
+
+@cache
+def _classifier_class(model_type, mlp_head):
     from transformers import conversion_mapping
     from transformers.modeling_layers import GenericForSequenceClassification
 

@@ -773,7 +773,7 @@ def test_columns_belong_to_the_data_set(tmp_path, monkeypatch):
     groups = [{"record": records[i], "texts": ["a", "b"], "ids": [[1], [2]]} for i in (0, 1)]
     assert grpo.score({name: functions[name] for name in ("view", "late")}, groups, columns).sum() == 0
     inputs = grpo.reward_inputs(groups, columns)
-    assert inputs.keys() == {"prompts", "completions", "completion_ids", *columns}
+    assert inputs.keys() == {"prompts", "completions", "completion_ids", "generation_prefix", *columns}
     assert {"reference", "assistant"} < inputs.keys()
     assert inputs["prompts"] == ["a"] * 4
     assert inputs["view"] == inputs["late"] == inputs["assistant"] == [None] * 4
