@@ -130,6 +130,7 @@ class FakeCuda(TorchDispatchMode):
         )  # fmt: skip
         sdpa = self.sdpa(torch.nn.functional.scaled_dot_product_attention)
         self.patch("torch.nn.functional", scaled_dot_product_attention=sdpa)
+        self.stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # of which convolutions ask the version
         self.patch("torch.cuda.amp.common", amp_definitely_not_available=lambda: False)
         self.patch("torch.Tensor", pin_memory=lambda tensor, *a: self.pin(tensor))
         self.patch("torch._subclasses.fake_tensor.FakeTensor", tolist=lambda x: self.tolist(x),
