@@ -5217,6 +5217,7 @@ def doubtful_settings(args: TrainingArguments, total_steps: int) -> list[str]:
     return notes
 
 
+FAST_RECURRENCE = {"flash-linear-attention": "fla", "causal-conv1d": "causal_conv1d"}  # on CUDA: package, module
 ROW_TOKENS = 2000  # of a row on CUDA: with fewer the GPU waits for its next operation most of the time
 BANNER_RECORDS = 200  # that the banner looks at
 
@@ -5294,6 +5295,11 @@ def describe_run(
         enough = math.ceil(ROW_TOKENS / first["num_tokens"])
         notes.append(f"rows of about {row_tokens:,} tokens keep a GPU waiting: give --per_device_train_batch_size "
                      f"{enough} and fewer --gradient_accumulation_steps")  # fmt: skip
+    recurrent = "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
+    missing = [package for package, module in FAST_RECURRENCE.items() if importlib.util.find_spec(module) is None]
+    if torch.cuda.is_available() and recurrent and missing:
+        notes.append(f"{' and '.join(missing)} not installed: recurrent layers are loops over 64 tokens at a time in "
+                     f"plain torch; pip install {' '.join(missing)}")  # fmt: skip
     for note in notes:
         say(f"  note       {note}")
     for flag in ("model_id", "lora_weight_path"):

@@ -2,10 +2,10 @@
 
     LD_PRELOAD=shim.so python tests/fake_cuda_run.py OUT RUN …
 
-A RUN is an objective, or one with a variant of VARIANTS, as in sft+lora, or "benchmark". Random pixels and random
-weights of the tiny model stand for files; nothing is saved. OUT gets a JSON object: for each run its error, or a list
-with what there is of each row of metrics.jsonl: its kind, how often the host waited for the device and where,
-launches, attention backends.
+A RUN is an objective, or one with a variant of VARIANTS or another family, as in sft+lora, or "benchmark". Random
+pixels and random weights of the tiny model stand for files; nothing is saved. OUT gets a JSON object: for each run its
+error, or a list with what there is of each row of metrics.jsonl: its kind, how often the host waited for the device
+and where, launches, attention backends.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ import benchmark_gpu
 import torch
 import transformers
 from fake_cuda import FakeCuda
-from make_demo import build_processor
+from make_demo import build_processor, save_tiny_model
 
 import train_cls
 import train_dpo
@@ -62,11 +62,17 @@ def fake_accelerator(kind, **options):
 def run(objective, variant=None):
     """What there is of each row of metrics.jsonl."""
     trainer, rows, flags = TRAINERS[objective], [], VARIANTS.get(variant, [])
-    with tempfile.TemporaryDirectory() as folder, FakeCuda() as gpu, contextlib.ExitStack() as stack:
-        folder = Path(folder)
-        processor = build_processor("qwen2_5_vl")
+    family, side = (variant, "64") if variant in mv.FAMILIES else ("qwen2_5_vl", "56")
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        folder, saved = Path(folder), tempfile.mkdtemp(dir=folder)
+        if family != "qwen2_5_vl":
+            save_tiny_model(saved, family)  # on the CPU
+        gpu = stack.enter_context(FakeCuda())
+        processor = build_processor(family)
         config = benchmark_gpu.make_config("tiny", processor.tokenizer)
         config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+        if family != "qwen2_5_vl":
+            config = transformers.AutoConfig.from_pretrained(saved)
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
         records = [{"id": str(i), **benchmark_gpu.raw_record(objective, 1 + i % 3, i)} for i in range(8)]
@@ -79,14 +85,14 @@ def run(objective, variant=None):
             "--eval_path", str(folder / "eval.json"), "--output_dir", str(folder / "out"), "--bf16", "True",
             "--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
             "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "no", "--dataloader_num_workers", "0",
-            "--nframes", "4", "--video_resized_width", "56", "--video_resized_height", "56", "--video_cache", "none",
+            "--nframes", "4", "--video_resized_width", side, "--video_resized_height", side, "--video_cache", "none",
             "--gradient_checkpointing", "True", *flags,
         ]  # fmt: skip
         if objective == "grpo":
             sys.argv += ["--num_generations", "2", "--max_completion_length", "9", "--reward_funcs", "format"]
         device = torch.device("cuda", 0)
-        for kind in (transformers.AutoModelForImageTextToText, train_cls.classifier_class("qwen2_5_vl")):
-            built = transformers.Qwen2_5_VLForConditionalGeneration if "Auto" in kind.__name__ else kind
+        for kind in (transformers.AutoModelForImageTextToText, train_cls.classifier_class(family)):
+            built = getattr(transformers, config.architectures[0]) if "Auto" in kind.__name__ else kind
             random = benchmark_gpu.RandomWeights(built, device)
             stack.enter_context(mock.patch.object(kind, "from_pretrained", random.from_pretrained))
         append = mv.append_jsonl

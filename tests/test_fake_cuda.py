@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-OBJECTIVES = ["sft", "sft+lora", "dpo+lora", "cls", "grpo"]
+OBJECTIVES = ["sft", "sft+lora", "sft+qwen3_vl", "sft+qwen3_5", "dpo+lora", "cls", "grpo"]
 WAITS = 7  # of the host for the device in a step of SFT with two rows
 
 
@@ -52,6 +52,7 @@ def test_banner(runs):
     """The kernels, and that rows of two tiny samples are too short for a GPU."""
     assert "attention  varlen in the tower, varlen in the decoder" in runs["stderr"]
     assert re.search(r"tokens keep a GPU waiting: give --per_device_train_batch_size \d+ and fewer", runs["stderr"])
+    assert runs["stderr"].count("flash-linear-attention and causal-conv1d not installed: recurrent layers are") == 1
 
 
 def test_host_waits(runs):
@@ -62,6 +63,10 @@ def test_host_waits(runs):
     *_, step = [row for row in runs["sft"] if row["kind"] == "step"]
     assert sum(step["waits"].values()) <= WAITS, step["waits"]
     assert step["pageable"] == {}
+    for family, more in (("qwen3_5", 0), ("qwen3_vl", 4)):  # where Qwen3-VL adds the tower's features to its layers
+        *_, step = [row for row in runs[f"sft+{family}"] if row["kind"] == "step"]
+        assert sum(step["waits"].values()) <= WAITS + more, step["waits"]
+        assert step["pageable"] == {}
     *_, step = [row for row in runs["grpo"] if row["kind"] == "step"]
     assert max(count for place, count in step["waits"].items() if "train_grpo.py" in place) < 8, step["waits"]
 
