@@ -3612,6 +3612,8 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(**COMPILE)
+        if isinstance(module, PackedRecurrence):  # transformers' own gated delta rule is not one that compiles
+            module.forward = torch.compiler.disable(module.forward)
 
 
 def quantization(args: TrainingArguments, low: torch.dtype | None, device) -> dict:

@@ -18,7 +18,8 @@ torch.set_num_threads(1)  # tiny models: a second thread costs more than it brin
 
 
 LONGEST = ["survival", "faults", "distributed", "packing", "fake_cuda", "benchmark", "tools_data", "predict", "train",
-           "readme", "nothing_learned", "dpo", "grpo", "data", "records", "app", "cls", "adapters"]  # fmt: skip
+           "families_runs", "readme", "families", "nothing_learned", "dpo", "grpo", "data", "records", "app", "cls",
+           "adapters"]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -20,6 +20,7 @@ from PIL import Image
 from reference import hf_inputs, hf_loss, real_template, write_clip
 from safetensors.torch import load_file
 from test_grpo import OneProcess, uniform
+from test_packing import compile_without_inductor
 from test_reading import TIMES, write_timed
 from test_train import in_process
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -357,6 +358,26 @@ def test_rows_without_videos(family, media):
             assert parameter.grad is not None, name
             seen = bool(parameter.grad.any())
             assert seen is bool(records and (patches != 4 or "visual." not in name)) or "embed_tokens" in name, name
+
+
+def test_compiled_blocks(tiny_qwen3_5, media, monkeypatch):
+    """--torch_compile leaves recurrent layers out, which do not compile: eager's losses and gradients."""
+    compile_without_inductor(monkeypatch)
+    family = Family(tiny_qwen3_5)
+    samples = [family.encoder(record, media) for record in RECORDS]
+    outcomes = {}
+    for compiled in (False, True):
+        model = family.packed(torch_compile=compiled, gradient_checkpointing=True)
+        mv.use_packed_attention(model, "varlen")
+        for i, row in enumerate(([1, 3], [3, 2, 1])):
+            model.zero_grad()
+            loss = -logps_of(model, mv.pack([samples[k] for k in row], family.encoder, "cpu")).sum()
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            outcomes[compiled, i] = loss.item(), norm.item()
+    for i in range(2):
+        assert outcomes[True, i] == pytest.approx(outcomes[False, i], rel=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
 
 
 # --------------------------------------------------------------------------------------------------- learned text
