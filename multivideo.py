@@ -3928,11 +3928,14 @@ BUILD_SECONDS = 900  # more than it takes to compile one of DeepSpeed's extensio
 def remove_dead_locks(root: str | None = None):
     """Remove what a process that was killed while it compiled left behind: every later one would wait for it for ever.
 
-    torch's lock for DeepSpeed's extensions is a file that names no owner; one as old as BUILD_SECONDS is a dead one's.
+    torch's lock for DeepSpeed's extensions was a file that names no owner; one as old as BUILD_SECONDS is a dead one's.
+    Where it is the system's lock, as in torch 2.14, it ends with its process, and the file means nothing.
     """
-    from torch.utils.cpp_extension import get_default_build_root  # here: it warns where there is no GPU
+    from torch.utils import cpp_extension  # here: it warns where there is no GPU
 
-    root = root or os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    if hasattr(cpp_extension, "FileLock"):
+        return
+    root = root or os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     for lock in [*Path(root).glob("*/lock"), *Path(root).glob("*/*/lock")]:
         with contextlib.suppress(FileNotFoundError):  # just released, or removed by another process
             if lock.stat().st_mtime < time.time() - BUILD_SECONDS:
