@@ -2720,23 +2720,28 @@ class Encoder:
                 "give answers with thoughts if it thinks, else without (--chat_template_kwargs, enable_thinking)"
                 if prefix else "the chat template writes a prompt otherwise when an answer follows it"
             )  # fmt: skip
-        encoded = self.tokenizer(text[len(before) :], return_offsets_mapping=True, add_special_tokens=False)
-        input_ids = encoded["input_ids"]
-        begins, ends = np.array(encoded["offset_mapping"]).reshape(-1, 2).T + len(before)
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         spans = [match.span(1) for match in ANSWER.finditer(text)]  # no text of a record has control tokens
         if len(spans) != len(answers):
             raise ValueError(f"the chat template writes {len(spans)} turns between <|im_start|>assistant and "
                              f"<|im_end|> for {len(answers)} assistant turns")  # fmt: skip
-        learned = np.zeros(len(input_ids), bool)
+        learned = []  # spans, without what generation is given
         for i, (start, end) in zip(answers, spans):
             if i >= first and turns[i].get("train") is not False:
-                start += len(prefix) if text.startswith(prefix, start) else 0  # given in generation, not learned
-                learned |= (begins >= start) & (ends <= end)
-        for clip in CLIP.finditer(text) if self.timing == "text" else ():
-            learned &= (begins < clip.start()) | (begins >= clip.end())
-        return input_ids, [token if on and token not in self.vision_ids else -100
-                           for token, on in zip(input_ids, learned.tolist())]  # fmt: skip
+                learned.append((start + len(prefix) if text.startswith(prefix, start) else start, end))
+        # Answers are encoded apart from what is before them, as generation continues it: "<think>\n" and the newline of
+        # an empty thought are not one token.
+        cuts = [len(before), *(start for start, _ in learned if start > len(before)), len(text)]
+        input_ids, labels = [], []
+        clips = [clip.span() for clip in CLIP.finditer(text)] if self.timing == "text" else []
+        for cut, end in itertools.pairwise(cuts):
+            encoded = self.tokenizer(text[cut:end], return_offsets_mapping=True, add_special_tokens=False)
+            input_ids += encoded["input_ids"]
+            for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+                a, b = a + cut, b + cut
+                on = token not in self.vision_ids and any(start <= a and b <= stop for start, stop in learned)
+                labels.append(token if on and not any(start <= a < stop for start, stop in clips) else -100)
+        return input_ids, labels
 
     def clips(self, parts: list[dict], folder: str, known_bad: dict[str, str]) -> list:
         """Decode a sample's clips: for each part (patches, grid, seconds per temporal patch, times) or a BadFile.
@@ -3926,9 +3931,9 @@ BUILD_SECONDS = 900  # more than it takes to compile one of DeepSpeed's extensio
 
 
 def remove_dead_locks(root: str | None = None):
-    """Remove what a process that was killed while it compiled left behind: every later one would wait for it for ever.
+    """Remove what a process that was killed while it compiled left behind: later ones would wait for it forever.
 
-    torch's lock for DeepSpeed's extensions was a file that names no owner; one as old as BUILD_SECONDS is a dead one's.
+    torch's lock for DeepSpeed's extensions was a file without an owner; one as old as BUILD_SECONDS is a dead one's.
     Where it is the system's lock, as in torch 2.14, it ends with its process, and the file means nothing.
     """
     from torch.utils import cpp_extension  # here: it warns where there is no GPU

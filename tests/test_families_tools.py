@@ -57,7 +57,7 @@ def test_other_families_are_refused(tiny_qwen3_5, tmp_path, monkeypatch):
         transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path)
         with pytest.raises(mv.InputError, match=why):
             mv.load_config(str(tmp_path), mv.TrainingArguments())
-    monkeypatch.setattr(transformers, "__version__", "5.23.1")
+    monkeypatch.setattr(mv.transformers, "__version__", "5.23.1")
     with pytest.raises(mv.InputError, match=r"'qwen3_5' models need transformers 5.24 or later, installed is 5.23.1"):
         mv.load_config(tiny_qwen3_5, mv.TrainingArguments())
 
@@ -156,6 +156,32 @@ def test_answers_without_thoughts(tiny_qwen3_5, folder):
     assert not skips(answer, asked, normalize=train_cls.normalize_record, label="a")
     encoder.chat_template = real_template("qwen3_5_nothink")
     assert not skips(answer)
+
+
+@pytest.mark.parametrize("thought", [None, "So."])
+def test_answers_are_encoded_as_they_are_generated(tiny_qwen3_5, folder, tmp_path, thought):
+    """After the tokens of the prompt, also where the prompt's last character and the answer's first are one token."""
+    shutil.copytree(tiny_qwen3_5, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    unused = next(key for key in tokenizer["model"]["vocab"] if len(key) > 3 and key.isascii())
+    tokenizer["model"]["vocab"]["ĊĊ"] = tokenizer["model"]["vocab"].pop(
+        unused
+    )  # two newlines, one token, as in Qwen's
+    merges = [pair for pair in tokenizer["model"]["merges"] if unused not in ("".join(pair), *pair)]
+    tokenizer["model"]["merges"] = [["Ċ", "Ċ"], *merges]
+    path.write_text(json.dumps(tokenizer))
+    encoder = mv.Encoder(str(tmp_path / "model"), arguments(str(tmp_path / "model")))
+    assert len(encoder.tokenizer("\n\n")["input_ids"]) == 1
+    encoder.chat_template = real_template("qwen3_5_think")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes.", "reasoning": thought}]
+    messages = train_sft.normalize_record({"messages": turns}, "x")["messages"]
+    ((ids, labels),) = encoder.tokenize(messages)
+    (prompt, _), (answer, learned) = encoder.tokenize(messages[:1], [messages[1:]])
+    assert encoder.tokenizer.decode(prompt).endswith("assistant\n<think>\n")
+    assert ids == prompt + answer and labels == [-100] * len(prompt) + learned
+    text = "So.\n</think>\n\nYes." if thought else "\n</think>\n\nYes."
+    assert encoder.tokenizer.decode([token for token in learned if token != -100]) == f"{text}<|im_end|>"
 
 
 def test_format_reward_sees_the_given_thought(tiny_qwen3_5):
