@@ -2729,8 +2729,8 @@ class Encoder:
         for i, (start, end) in zip(answers, spans):
             if i >= first and turns[i].get("train") is not False:
                 learned.append((start + len(prefix) if text.startswith(prefix, start) else start, end))
-        # Answers are encoded apart from what is before them, as generation continues it: "<think>\n" and the newline of
-        # an empty thought are not one token.
+        # Answers are encoded apart from what is before them, as generation continues it: newlines of "<think>\n" and
+        # of an empty thought are not one token.
         cuts = [len(before), *(start for start, _ in learned if start > len(before)), len(text)]
         input_ids, labels = [], []
         clips = [clip.span() for clip in CLIP.finditer(text)] if self.timing == "text" else []
