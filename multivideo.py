@@ -5140,7 +5140,7 @@ def restore_checkpoint(folder: Path, engine: Engine, state: dict) -> dict:
     if lacking := sorted(state.keys() - saved.keys()):
         raise InputError(f"{folder}: trainer_state.json has no {', '.join(lacking)}: another version wrote it")
     saved["run"].setdefault("position rule", OLD_POSITION_RULE)
-    saved["run"].setdefault("video layout", state["run"]["video layout"])
+    saved["run"].setdefault("video layout", state["run"].get("video layout"))
     if not math.isfinite(saved.get("best") or 0.0):  # an earlier version's
         saved["best"] = saved["best_checkpoint"] = None
     changed = {key: f"{key}: {saved['run'].get(key)} then, {value} now" for key, value in state["run"].items()

@@ -270,6 +270,7 @@ def rewritten(checkpoint, state, folder):
 DIFFERENT = {
     "model": "another/model", "model config (SHA-256)": "0", "data file (SHA-256)": "1", "records": 10,
     "samples per step": 3, "seed": 1, "optimizer": "sgd", "precision": "bf16", "position rule": "another",
+    "video layout": "another",
 }  # fmt: skip
 OF_A_TRAINER = {
     "train_dpo.py": {"reference": "another/model"},
