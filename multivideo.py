@@ -1012,8 +1012,11 @@ def _json(value):
 
 
 def is_read_by(template: str, name: str) -> bool:
-    """Whether a chat template has a variable of this name."""
-    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+    """Whether a chat template has a variable of this name that is the user's to set."""
+    return (
+        name not in ("messages", "add_generation_prompt")
+        and re.search(rf"\b{re.escape(name)}\b", template) is not None
+    )
 
 
 def check_rendered(row: dict, reads: dict[str, bool], template: str):
@@ -2577,7 +2580,11 @@ class Encoder:
         processor = load_processor(model_path, args.cache_dir)
         self.processor, self.tokenizer, self.args = processor, processor.tokenizer, args
         self.image_mean, self.image_std = processor.video_processor.image_mean, processor.video_processor.image_std
-        self.chat_template = processor.chat_template or processor.tokenizer.chat_template
+        template = processor.chat_template or processor.tokenizer.chat_template
+        self.chat_template = template.get("default") if isinstance(template, dict) else template
+        if not self.chat_template:
+            raise InputError(f"--model_id {model_path} has no chat template: copy chat_template.jinja from the model "
+                             "that it was made from")  # fmt: skip
         self.config = load_config(model_path, args)
         vision = self.config.vision_config
         self.patch_size, self.merge_size = vision.patch_size, vision.spatial_merge_size

@@ -959,7 +959,7 @@ def make_groups(engine, samples, indices, records, encoder, args, step, caught) 
     ids, logps = generate(engine, [sample for sample, _ in kept], encoder, args, draws, caught)
     decode = partial(encoder.tokenizer.decode, skip_special_tokens=True)
     groups = [{"record": records[i], "sample": sample, "ids": ids[p], "logps": logps[p],
-               "generation_prefix": encoder.generation_prefix(records[i]["chat_template_kwargs"]),
+               "generation_prefix": encoder.generation_prefix(records[i].get("chat_template_kwargs")),
                "texts": list(map(decode, ids[p]))} for p, (sample, i) in enumerate(kept)]  # fmt: skip
     return [] if caught else groups
 

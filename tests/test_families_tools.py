@@ -306,5 +306,13 @@ def test_options_of_the_template_are_checked(folder, tiny_qwen3_5, monkeypatch, 
         with pytest.raises(SystemExit):
             in_process(monkeypatch, *flags, "--chat_template_kwargs", words)
         assert f"--chat_template_kwargs {words}: expected a JSON object" in capsys.readouterr().err
-    with pytest.raises(mv.InputError, match="the model's chat template does not read 'enable_thinkng': remove it"):
-        in_process(monkeypatch, *flags, "--chat_template_kwargs", '{"enable_thinkng": true}')
+    for name in ("enable_thinkng", "add_generation_prompt"):
+        with pytest.raises(mv.InputError, match=f"the model's chat template does not read {name!r}: remove it"):
+            in_process(monkeypatch, *flags, "--chat_template_kwargs", json.dumps({name: True}))
+
+
+def test_a_model_without_a_chat_template(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(mv.InputError, match="has no chat template: copy chat_template.jinja from the model"):
+        mv.Encoder(str(tmp_path / "model"), arguments(tiny_model))
