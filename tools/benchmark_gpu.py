@@ -408,6 +408,7 @@ def check_tower_heads(device, kernel: str, dtype, dim: int = 80) -> dict:
 def check_recurrence(device, dtype, heads: int = 16) -> dict:
     """A gated delta net at Qwen3.5's head sizes: answers that go on from their prompt's state, gradients through it.
 
+    Two of the answers are also decoded one token at a time, as in rollouts.
     The error against prompt + answer one by one in fp32 in plain torch, over that of the same layer one by one in low
     precision with the kernels that are installed.
     """
@@ -431,12 +432,28 @@ def check_recurrence(device, dtype, heads: int = 16) -> dict:
         return torch.cat([layer(part) if prefix is None else layer(torch.cat([parts[prefix], part], 1))
                           [:, lengths[prefix] :] for part, prefix in zip(parts, prefixes)], 1)  # fmt: skip
 
-    def packed(x):
+    @contextlib.contextmanager
+    def as_packed():
         layer.__class__ = mv.packed_class(qwen.Qwen3_5GatedDeltaNet)
         try:
-            return layer(x, plan=plan)
+            yield layer
         finally:
             layer.__class__ = qwen.Qwen3_5GatedDeltaNet
+
+    def packed(x):
+        with as_packed() as ours:
+            return ours(x, plan=plan)
+
+    def decoded():  # of the first two answers: [tokens, 2, D]
+        prompt, *answers = row.split(lengths, 1)[:3]
+        cache = transformers.DynamicCache(config=config)
+        with as_packed() as ours, torch.no_grad(), torch.autocast(torch.device(device).type, dtype):
+            ours(prompt, cache=cache, plan=mv.AttentionPlan.make(lengths[:1], device=device))
+            cache = train_grpo.decoding_cache(
+                config, [train_grpo.prompt_states(cache, 0, 0, lengths[0], lengths[0])], 2
+            )
+            tokens = [torch.stack([answer[0, t] for answer in answers])[None] for t in range(lengths[1])]
+            return torch.cat([ours(token, cache=cache) for token in tokens]).float()
 
     def run(function, low):
         x = row.clone().requires_grad_()
@@ -450,6 +467,8 @@ def check_recurrence(device, dtype, heads: int = 16) -> dict:
         reference = run(one_by_one, False)
     ours, theirs = (max(relative_error([a], [b]) for a, b in zip(run(function, True), reference))
                     for function in (packed, one_by_one))  # fmt: skip
+    answers = [answer[0, : lengths[1]] for answer in reference[0].split(lengths, 1)[1:3]]
+    ours = max(ours, relative_error([decoded()], [torch.stack(answers, 1)]))
     return {"ours": ours, "one by one": theirs, "ratio": ours / theirs, "at most": 1.5, "kernels": kernels}
 
 
