@@ -1,24 +1,32 @@
-"""Peak memory of one training step on one GPU, by arithmetic: the formula behind check_data.py --gpu_memory_gb.
+"""Peak memory of one training step on one GPU, without one: the prediction behind check_data.py --gpu_memory_gb.
 
-Weights are counted by building the model, adapters included, on the meta device; activations follow from the shapes in
-its config. tests/test_tools_data.py holds the prediction against the allocations of real steps. What is split over
-processes (ZeRO, FSDP2) is divided by their number; DeepSpeed's buffers are taken at its default sizes.
+The model, adapters included, is built of fake tensors, which have shapes and types but no memory. Its weights are
+counted, and so is what its forward pass saves for the backward pass. tests/test_tools_data.py holds the prediction
+against the allocations of real steps. What is split over processes (ZeRO, FSDP2) is divided by their number;
+DeepSpeed's buffers are taken at its default sizes.
 """
 
+import functools
 import re
 import sys
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import multivideo as mv
 
+import numpy as np
 import torch
 import transformers
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size; its stage3_max_live_parameters is twice that
+BLOCK = re.compile(r"(?:layers|blocks)\.\d+$")  # the name of a decoder layer or of a block of the tower
 BACKWARD = 1.3  # a block's backward pass needs this much of what its forward pass keeps
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+SIDE = 16  # of the clip that is counted, in patches
 RUNTIME_GIB = 1.0  # CUDA context, workspaces of the libraries, and what the allocator cannot use
 # Optimizer state per trained fp32 weight; the paged ones leave the GPU when it is full.
 OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "adafactor": 0,
@@ -48,7 +56,7 @@ def read_launcher(config_file: str | None, num_processes: int | None) -> dict:
 
 
 class MemoryModel:
-    """Predicts the peak memory of one training step on one GPU; weights are counted on the meta device.
+    """Predicts the peak memory of one training step on one GPU; see `saved` for activations.
 
     The moments at which it can be highest; W weights, G gradients, O optimizer state, A saved activations:
         end of the forward pass     W + O + A + logits + casts      (with several rows per step + G, here and below)
@@ -58,8 +66,8 @@ class MemoryModel:
         optimizer step              W + O + G + its workspace
     The frozen copy that DPO or GRPO has beside the trained model as a reference is there all the time.
     Types as load_model sets them: trained weights w = 4 bytes under autocast (and casts of them to e = 2 bytes for the
-    matrix products), frozen ones 2. A is summed over blocks by what each operation keeps (block_bytes); gradient
-    checkpointing leaves the input of each block, and one block's A on top when it is computed again.
+    matrix products), frozen ones 2. Gradient checkpointing leaves of A the input of each block, and one block's A comes
+    on top when it is computed again.
     """
 
     def __init__(self, args, launch: dict, copied: str | None = None):
@@ -74,9 +82,9 @@ class MemoryModel:
             parameter.requires_grad_(name in trained)
         if args.lora_enable:
             model = mv.add_adapter(model, trained, args)
+        self.model = model
         self.trained = self.trained_llm = self.frozen = self.quantized = self.cast = 0
         self.largest_quantized, self.largest = 0, max(parameter.numel() for parameter in model.parameters())
-        kinds = {}  # (part, block or None) → {"trained", "adapted"}
         for name, parameter in model.named_parameters():
             part, count = mv.part_of(name), parameter.numel()
             in_block = re.search(r"(?:layers|blocks)\.(\d+)\.", name)
@@ -84,23 +92,11 @@ class MemoryModel:
                 self.trained += count
                 self.trained_llm += count if part == "llm" else 0
                 self.cast += count if parameter.ndim > 1 and (tied or "embed_tokens" not in name) else 0
-                kind = "adapted" if "lora_" in name else "trained"
-                kinds.setdefault((part, in_block and int(in_block[1])), set()).add(kind)
             elif args.bits < 16 and part == "llm" and in_block and parameter.ndim > 1:
                 self.quantized += count
                 self.largest_quantized = max(self.largest_quantized, count)
             else:
                 self.frozen += count
-        vision, text = self.config.vision_config, self.config.get_text_config()
-        flows = False  # does the gradient reach this block?
-        self.blocks = {"vision": [], "llm": []}
-        for part, depth in (("vision", vision.depth), ("llm", text.num_hidden_layers)):
-            flows = flows or (part, None) in kinds or (part == "llm" and any(key[0] != "llm" for key in kinds))
-            for block in range(depth):
-                kind = kinds.get((part, block), {"frozen"})
-                flows = flows or kind != {"frozen"}
-                self.blocks[part].append(("trained" if "trained" in kind else min(kind), flows))
-        self.merger = ("merger", None) in kinds or (flows and any(flow for _, flow in self.blocks["vision"]))
         low = 2 if args.bf16 or args.fp16 or args.pure_bf16 else 4
         deepspeed = launch["kind"] == "DEEPSPEED"
         self.e = low  # bytes of the values that matrix products read
@@ -158,59 +154,95 @@ class MemoryModel:
         return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step, "casts": other,
                 "reference": copy}  # fmt: skip
 
-    def block_bytes(self, part: str, kind: str) -> float:
-        """Bytes per token (language model) or patch (tower) that one block keeps for the backward pass.
+    @staticmethod
+    def fake(shape, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on the CPU without memory."""
+        with FAKE:
+            return torch.empty(shape, dtype=dtype)
 
-        Norms keep their input in fp32 and, trained, its normalised form; attention keeps query, key, value, output and
-        one number per head; the MLP keeps gate, activated gate, up and, before a trained matrix, their product. Linear
-        layers keep their input: one cast each under autocast, one for all where the types agree already.
+    @functools.cached_property
+    def saved(self) -> dict:
+        """What the forward pass saves for the backward pass, by part of the model: name → (bytes, bytes of its input).
+
+        Bytes are per token of the language model or patch of the tower. They are the difference of two lengths: what
+        does not grow with them, such as casts of weights, is in `states`.
         """
-        args, config, e = self.args, self.config.get_text_config(), self.e
-        if part == "llm":
-            h, heads, inter = config.hidden_size, config.num_attention_heads, config.intermediate_size
-            q, kv, residual = h, h * config.num_key_value_heads // heads, self.residual
-            attention, readers = e * (2 * q + 2 * kv), 3
-        else:
-            config = self.config.vision_config
-            h = getattr(config, "embed_dim", config.hidden_size)
-            inter = getattr(config, "intermediate_size", None) or int(h * config.mlp_ratio)
-            q, kv, heads, residual = h, h, config.num_heads, e
-            attention, readers = e * 6 * h, 1  # query, key and value come as one tensor, which stays
-        trained, adapted = kind == "trained", kind == "adapted"
-        mask = 1 if args.lora_dropout else 0
+        types_of = {2: mv.autocast_dtype(self.args) or torch.bfloat16, 4: torch.float32}
+        for module in self.model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                dtype = types_of[self.w if weight.requires_grad else self.f]
+                module._parameters[name] = torch.nn.Parameter(self.fake(weight.shape, dtype), weight.requires_grad)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = self.fake(buffer.shape, buffer.dtype)
+        mv.use_packed_attention(self.model.train(), "sdpa")  # saves what the kernels on CUDA do
+        shorter, longer = self.count_saved(1), self.count_saved(2)
+        merge, saved = self.config.vision_config.spatial_merge_size, {}
+        for name, sizes in longer.items():
+            per = SIDE**2 // merge**2 if mv.part_of(f"{name}.") == "llm" else SIDE**2
+            saved[name] = [(size - less) / per for size, less in zip(sizes, shorter[name])]
+        return saved
 
-        def linear(width, count, type_of_input, outputs):
-            if adapted:
-                return count * (width * (e + mask) + args.lora_rank * e) + (4 * outputs if args.use_dora else 0)
-            return width * e * (1 if type_of_input == e else count) if trained else 0
+    def count_saved(self, length: int) -> dict:
+        """Bytes that a forward pass on a clip of so many temporal patches saves, and of inputs, as in `saved`."""
+        merge, patch_size = self.config.vision_config.spatial_merge_size, self.config.vision_config.patch_size
+        clip = types.SimpleNamespace(config=self.config, merge_size=merge, patch_size=patch_size)
+        grid = np.array([[length, SIDE, SIDE]])
+        patches, tokens = length * SIDE**2, length * SIDE**2 // merge**2
+        tower = {name.removeprefix("video_"): value for name, value in mv.tower_inputs(grid, clip, "cpu").items()}
+        base = next(module for module in self.model.modules() if hasattr(module, "language_model"))
+        embed, low = base.get_input_embeddings(), mv.autocast_dtype(self.args)
+        pixels = self.fake((patches, 3 * mv.FRAME_FACTOR * patch_size**2), torch.float32)
+        input_ids = self.fake((1, tokens), torch.long)
+        known = {tensor.untyped_storage()._cdata for tensor in (pixels, *self.model.parameters())}
+        alive, inside = [], ["language_model"]  # the latter also has what is between tower and decoder
+        counted = {name: [0, 0] for name in ("language_model", "visual")}
 
-        normed = max(residual, self.w if trained else self.f)
-        norms = 2 * (4 * h + (residual * h if trained else 0) + 4)
-        heard = linear(h, readers, normed, q + 2 * kv) + attention + 4 * heads + (linear(q, 1, e, h) if adapted else 0)
-        mlp = linear(h, 2, normed, 2 * inter) + 3 * e * inter + linear(inter, 1, e, h)
-        return norms + heard + mlp
+        def count(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                known.add(storage._cdata)
+                alive.append(storage)  # so that no other gets its address
+                counted[inside[-1]][0] += storage.nbytes()
+            return tensor
 
-    @property
-    def residual(self) -> int:
-        """Bytes of a value of the language model's hidden states: the type of its embeddings."""
-        return self.w if any(kind == "trained" for kind, _ in self.blocks["llm"]) else self.f
+        def enter(module, inputs, name):
+            inside.append(name)
+            counted[name] = [0, inputs[0].nbytes]
+
+        hooks = []
+        for name, module in base.named_modules():
+            name = name.replace("base_layer.", "")
+            if BLOCK.search(name) or "merger" in name:
+                hooks.append(module.register_forward_pre_hook(functools.partial(enter, name=name)))
+                hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+        with (
+            torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None),
+            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+        ):
+            inside.append("visual")
+            features = base.visual(pixels.type(base.visual.dtype), torch.from_numpy(grid), **tower).pooler_output
+            inside.pop()
+            embeds = embed(input_ids)
+            embeds = embeds.masked_scatter(input_ids[..., None] == 0, features.to(embeds.dtype))
+            positions = torch.arange(tokens).expand(4, 1, tokens)
+            plan = mv.AttentionPlan.make([tokens])
+            base.language_model(inputs_embeds=embeds, position_ids=positions, plan=plan, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return counted
 
     def peak(self, tokens: int, patches: int, supervised: int) -> dict:
         """Peak in GiB of a step whose largest row has so many tokens, patches and supervised tokens, and its parts."""
         args, text, e = self.args, self.config.get_text_config(), self.e
         patch_dim = 3 * mv.FRAME_FACTOR * self.config.vision_config.patch_size**2
-        vision_width = getattr(self.config.vision_config, "embed_dim", self.config.vision_config.hidden_size) * e
-        size = {"llm": tokens, "vision": patches}
-        width = {"llm": text.hidden_size * self.residual, "vision": vision_width}
-        saved = {"vision": patches * patch_dim * e if e < 4 else 0,  # a cast of the pixels, for the first projection
-                 "llm": tokens * text.hidden_size * (8 + e),  # embeddings and last norm
-                 "merger": patches * vision_width / e * (4 + 4 * e) if self.merger else 0}  # fmt: skip
-        block = {"vision": 0, "llm": 0}
-        for part, blocks in self.blocks.items():
-            for kind, flows in blocks:
-                own = self.block_bytes(part, kind) * size[part] if flows else 0
-                saved[part] += (width[part] * size[part] if flows else 0) if args.gradient_checkpointing else own
-                block[part] = max(block[part], own)
+        size = {"llm": tokens, "vision": patches, "merger": patches}
+        saved, block = dict.fromkeys(size, 0), dict.fromkeys(size, 0)
+        for name, (own, of_input) in self.saved.items():
+            part = mv.part_of(f"{name}.")
+            if BLOCK.search(name):
+                block[part] = max(block[part], own * size[part])
+                own = of_input if own and args.gradient_checkpointing else own
+            saved[part] += own * size[part]
         again = {part: block[part] * BACKWARD if args.gradient_checkpointing else 0 for part in block}
         pixels, logits = patches * patch_dim * 4, supervised * text.vocab_size
         chunk = min(logits * 4, mv.LOGPS_BYTES["cuda"])  # of mv.token_logps
