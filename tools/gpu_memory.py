@@ -10,6 +10,7 @@ import functools
 import re
 import sys
 import types
+import weakref
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,6 +22,8 @@ import torch
 import transformers
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size; its stage3_max_live_parameters is twice that
 BLOCK = re.compile(r"(?:layers|blocks)\.\d+$")  # the name of a decoder layer or of a block of the tower
@@ -55,6 +58,30 @@ def read_launcher(config_file: str | None, num_processes: int | None) -> dict:
             "offload_weights": deepspeed.get("offload_param_device", "none") != "none"}  # fmt: skip
 
 
+class Allocated(TorchDispatchMode):
+    """Bytes of the tensors made inside that are alive, and the most there were since `most` was set."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.most = 0
+        self.known = set()
+
+    def free(self, key, size):
+        self.known.remove(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.live)
+        return result
+
+
 class MemoryModel:
     """Predicts the peak memory of one training step on one GPU; see `saved` for activations.
 
@@ -83,7 +110,7 @@ class MemoryModel:
         if args.lora_enable:
             model = mv.add_adapter(model, trained, args)
         self.model = model
-        self.trained = self.trained_llm = self.frozen = self.quantized = self.cast = 0
+        self.trained = self.trained_llm = self.trained_head = self.frozen = self.quantized = self.cast = 0
         self.largest_quantized, self.largest = 0, max(parameter.numel() for parameter in model.parameters())
         for name, parameter in model.named_parameters():
             part, count = mv.part_of(name), parameter.numel()
@@ -91,6 +118,7 @@ class MemoryModel:
             if parameter.requires_grad:
                 self.trained += count
                 self.trained_llm += count if part == "llm" else 0
+                self.trained_head += count if ("embed_tokens" if tied else "lm_head") in name else 0
                 self.cast += count if parameter.ndim > 1 and (tied or "embed_tokens" not in name) else 0
             elif args.bits < 16 and part == "llm" and in_block and parameter.ndim > 1:
                 self.quantized += count
@@ -162,8 +190,9 @@ class MemoryModel:
 
     @functools.cached_property
     def saved(self) -> dict:
-        """What the forward pass saves for the backward pass, by part of the model: name → (bytes, bytes of its input).
+        """What the forward pass saves for the backward pass, by part of the model.
 
+        name → (bytes saved, bytes of the part's input, most bytes alive in its forward pass that were not before it).
         Bytes are per token of the language model or patch of the tower. They are the difference of two lengths: what
         does not grow with them, such as casts of weights, is in `states`.
         """
@@ -183,7 +212,7 @@ class MemoryModel:
         return saved
 
     def count_saved(self, length: int) -> dict:
-        """Bytes that a forward pass on a clip of so many temporal patches saves, and of inputs, as in `saved`."""
+        """Bytes that a forward pass on a clip of so many temporal patches saves and needs, as in `saved`."""
         merge, patch_size = self.config.vision_config.spatial_merge_size, self.config.vision_config.patch_size
         clip = types.SimpleNamespace(config=self.config, merge_size=merge, patch_size=patch_size)
         grid = np.array([[length, SIDE, SIDE]])
@@ -195,7 +224,7 @@ class MemoryModel:
         input_ids = self.fake((1, tokens), torch.long)
         known = {tensor.untyped_storage()._cdata for tensor in (pixels, *self.model.parameters())}
         alive, inside = [], ["language_model"]  # the latter also has what is between tower and decoder
-        counted = {name: [0, 0] for name in ("language_model", "visual")}
+        counted = {name: [0, 0, 0] for name in ("language_model", "visual")}
 
         def count(tensor):
             storage = tensor.untyped_storage()
@@ -207,20 +236,28 @@ class MemoryModel:
 
         def enter(module, inputs, name):
             inside.append(name)
-            counted[name] = [0, inputs[0].nbytes]
+            counted[name] = [0, inputs[0].nbytes, -allocated.live]
+            allocated.most = allocated.live
+
+        def leave(module, inputs, output, name):
+            inside.pop()
+            counted[name][2] += allocated.most
 
         hooks = []
         for name, module in base.named_modules():
             name = name.replace("base_layer.", "")
             if BLOCK.search(name) or "merger" in name:
                 hooks.append(module.register_forward_pre_hook(functools.partial(enter, name=name)))
-                hooks.append(module.register_forward_hook(lambda *_: inside.pop() and None))
+                hooks.append(module.register_forward_hook(functools.partial(leave, name=name)))
         with (
             torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None),
             torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+            Allocated() as allocated,
         ):
             inside.append("visual")
-            features = base.visual(pixels.type(base.visual.dtype), torch.from_numpy(grid), **tower).pooler_output
+            cast = pixels.type(base.visual.dtype)
+            counted["visual"][1] = allocated.live
+            features = base.visual(cast, torch.from_numpy(grid), **tower).pooler_output
             inside.pop()
             embeds = embed(input_ids)
             embeds = embeds.masked_scatter(input_ids[..., None] == 0, features.to(embeds.dtype))
@@ -237,9 +274,11 @@ class MemoryModel:
         patch_dim = 3 * mv.FRAME_FACTOR * self.config.vision_config.patch_size**2
         size = {"llm": tokens, "vision": patches, "merger": patches}
         saved, block = dict.fromkeys(size, 0), dict.fromkeys(size, 0)
-        for name, (own, of_input) in self.saved.items():
+        forward = 0  # of one of the tower's blocks, at its highest
+        for name, (own, of_input, most) in self.saved.items():
             part = mv.part_of(f"{name}.")
             if BLOCK.search(name):
+                forward = max(forward, most * patches) if part == "vision" else forward
                 block[part] = max(block[part], own * size[part])
                 own = of_input if own and args.gradient_checkpointing else own
             saved[part] += own * size[part]
@@ -247,17 +286,20 @@ class MemoryModel:
         pixels, logits = patches * patch_dim * 4, supervised * text.vocab_size
         chunk = min(logits * 4, mv.LOGPS_BYTES["cuda"])  # of mv.token_logps
         head = logits * e * 2 + chunk * 2
-        states = self.states()
+        states, head_gradient = self.states(), self.trained_head * self.w
         base, gradients, casts = states["weights"] + states["optimizer"] + pixels, states["gradients"], states["casts"]
         base += states["reference"]
         if args.gradient_accumulation_steps > 1:  # those of earlier rows are there all the time
-            base, gradients = base + gradients, 0
+            base, gradients, head_gradient = base + gradients, 0, 0
+        llm = self.trained_llm / max(1, self.trained)  # of gradients and casts
+        cast_pixels = patches * self.saved["visual"][1]
         kept = 0 if args.gradient_checkpointing else casts
         activations = sum(saved.values())
         moments = {
+            "forward pass of the tower": base + casts * (1 - llm) + cast_pixels + saved["vision"] + forward,
             "end of the forward pass": base + activations + casts + logits * e + chunk * 2,
-            "start of the backward pass": base + activations + kept + max(head, again["llm"]),
-            "backward pass of the tower": base + gradients * self.trained_llm / max(1, self.trained) + kept
+            "start of the backward pass": base + activations + kept + max(head, head_gradient + again["llm"]),
+            "backward pass of the tower": base + gradients * llm + kept
             + saved["vision"] + again["vision"],
             "end of the backward pass": base + gradients + block["vision"],
             "optimizer step": base + gradients + states["step"],
