@@ -506,7 +506,6 @@ def test_predicted_memory_is_what_a_step_allocates(small_models, family, name):
             optimizer.zero_grad(set_to_none=True)
             del inputs, targets, loss
     predicted = gpu_memory.MemoryModel(args, gpu_memory.read_launcher(None, None)).peak(len(ids), len(patches), 20)
-    print("RATIO", family, name, (predicted["gib"] - gpu_memory.RUNTIME_GIB) * 2**30 / allocated.most, allocated.most, predicted)
     assert (predicted["gib"] - gpu_memory.RUNTIME_GIB) * 2**30 == pytest.approx(allocated.most, rel=0.05)
 
 

@@ -9,9 +9,9 @@ DeepSpeed's buffers are taken at its default sizes.
 import functools
 import re
 import sys
-import types
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,9 +27,10 @@ from torch.utils._pytree import tree_leaves
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size; its stage3_max_live_parameters is twice that
 BLOCK = re.compile(r"(?:layers|blocks)\.\d+$")  # the name of a decoder layer or of a block of the tower
+MERGER = re.compile(r"merger(?:_list\.\d+)?$")
 BACKWARD = 1.3  # a block's backward pass needs this much of what its forward pass keeps
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
-SIDE = 16  # of the clip that is counted, in patches
+SIDE = 16  # patches: height and width of the clip that is counted, whole windows of Qwen2.5-VL's tower
 RUNTIME_GIB = 1.0  # CUDA context, workspaces of the libraries, and what the allocator cannot use
 # Optimizer state per trained fp32 weight; the paged ones leave the GPU when it is full.
 OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "adafactor": 0,
@@ -86,15 +87,18 @@ class MemoryModel:
     """Predicts the peak memory of one training step on one GPU; see `saved` for activations.
 
     The moments at which it can be highest; W weights, G gradients, O optimizer state, A saved activations:
-        end of the forward pass     W + O + A + logits + casts      (with several rows per step + G, here and below)
-        start of the backward pass  W + O + A + logits and their gradient, or one block of the language model
+        forward pass of the tower   W + O + the tower's A + what one of its blocks needs (with several rows per step
+                                    + G, here and below)
+        end of the forward pass     W + O + A + logits + casts
+        start of the backward pass  W + O + A + logits and their gradient, or the head's G and one decoder layer
+        first decoder layer         W + O + the language model's G + the A before it + one decoder layer
         backward pass of the tower  W + O + the language model's G + the tower's A + one of its blocks
         end of the backward pass    W + O + G + one block
         optimizer step              W + O + G + its workspace
     The frozen copy that DPO or GRPO has beside the trained model as a reference is there all the time.
     Types as load_model sets them: trained weights w = 4 bytes under autocast (and casts of them to e = 2 bytes for the
-    matrix products), frozen ones 2. Gradient checkpointing leaves of A the input of each block, and one block's A comes
-    on top when it is computed again.
+    matrix products), frozen ones 2. A is what `saved` counts; gradient checkpointing leaves the input of each block,
+    and one block's A on top when it is computed again.
     """
 
     def __init__(self, args, launch: dict, copied: str | None = None):
@@ -110,7 +114,9 @@ class MemoryModel:
         if args.lora_enable:
             model = mv.add_adapter(model, trained, args)
         self.model = model
-        self.trained = self.trained_llm = self.trained_head = self.frozen = self.quantized = self.cast = 0
+        self.recurrent = "linear_attention" in (getattr(self.config.get_text_config(), "layer_types", None) or ())
+        self.trained = self.trained_llm = self.frozen = self.quantized = self.cast = 0
+        self.trained_head = self.trained_embeddings = 0  # those tied to the head are in the former
         self.largest_quantized, self.largest = 0, max(parameter.numel() for parameter in model.parameters())
         for name, parameter in model.named_parameters():
             part, count = mv.part_of(name), parameter.numel()
@@ -119,6 +125,7 @@ class MemoryModel:
                 self.trained += count
                 self.trained_llm += count if part == "llm" else 0
                 self.trained_head += count if ("embed_tokens" if tied else "lm_head") in name else 0
+                self.trained_embeddings += count if "embed_tokens" in name and not tied else 0
                 self.cast += count if parameter.ndim > 1 and (tied or "embed_tokens" not in name) else 0
             elif args.bits < 16 and part == "llm" and in_block and parameter.ndim > 1:
                 self.quantized += count
@@ -190,11 +197,12 @@ class MemoryModel:
 
     @functools.cached_property
     def saved(self) -> dict:
-        """What the forward pass saves for the backward pass, by part of the model.
+        """What the parts of the model save for the backward pass, and what the forward pass needs on top.
 
-        name → (bytes saved, bytes of the part's input, most bytes alive in its forward pass that were not before it).
-        Bytes are per token of the language model or patch of the tower. They are the difference of two lengths: what
-        does not grow with them, such as casts of weights, is in `states`.
+        Name of a block, a merger, or of the tower or the language model for what is around these → (bytes saved, bytes
+        of the part's input, most bytes alive in its forward pass that nothing has saved). Bytes are per token of the
+        language model or patch of the tower: the difference of two lengths, so that what does not grow with them,
+        such as casts of weights, is not in them; see `states`.
         """
         types_of = {2: mv.autocast_dtype(self.args) or torch.bfloat16, 4: torch.float32}
         for module in self.model.modules():
@@ -203,66 +211,59 @@ class MemoryModel:
                 module._parameters[name] = torch.nn.Parameter(self.fake(weight.shape, dtype), weight.requires_grad)
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = self.fake(buffer.shape, buffer.dtype)
-        mv.use_packed_attention(self.model.train(), "sdpa")  # saves what the kernels on CUDA do
-        shorter, longer = self.count_saved(1), self.count_saved(2)
+        mv.use_packed_attention(self.model.train(), "sdpa")  # saves what the kernels on CUDA save
+        once, twice = self.count_saved(1), self.count_saved(2)
         merge, saved = self.config.vision_config.spatial_merge_size, {}
-        for name, sizes in longer.items():
-            per = SIDE**2 // merge**2 if mv.part_of(f"{name}.") == "llm" else SIDE**2
-            saved[name] = [(size - less) / per for size, less in zip(sizes, shorter[name])]
+        for name, sizes in twice.items():
+            units = SIDE**2 // merge**2 if mv.part_of(f"{name}.") == "llm" else SIDE**2
+            saved[name] = [(size - less) / units for size, less in zip(sizes, once[name])]
         return saved
 
     def count_saved(self, length: int) -> dict:
-        """Bytes that a forward pass on a clip of so many temporal patches saves and needs, as in `saved`."""
-        merge, patch_size = self.config.vision_config.spatial_merge_size, self.config.vision_config.patch_size
-        clip = types.SimpleNamespace(config=self.config, merge_size=merge, patch_size=patch_size)
-        grid = np.array([[length, SIDE, SIDE]])
-        patches, tokens = length * SIDE**2, length * SIDE**2 // merge**2
+        """A forward pass on one clip of `length` temporal patches; bytes by name as in `saved`, of all of it."""
+        vision, low = self.config.vision_config, mv.autocast_dtype(self.args)
+        merge, patch_size, grid = vision.spatial_merge_size, vision.patch_size, np.array([[length, SIDE, SIDE]])
+        clip = SimpleNamespace(config=self.config, merge_size=merge, patch_size=patch_size)
         tower = {name.removeprefix("video_"): value for name, value in mv.tower_inputs(grid, clip, "cpu").items()}
-        base = next(module for module in self.model.modules() if hasattr(module, "language_model"))
-        embed, low = base.get_input_embeddings(), mv.autocast_dtype(self.args)
-        pixels = self.fake((patches, 3 * mv.FRAME_FACTOR * patch_size**2), torch.float32)
+        base = (self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model).model
+        tokens = length * SIDE**2 // merge**2
+        pixels = self.fake((length * SIDE**2, 3 * mv.FRAME_FACTOR * patch_size**2), torch.float32)
         input_ids = self.fake((1, tokens), torch.long)
-        known = {tensor.untyped_storage()._cdata for tensor in (pixels, *self.model.parameters())}
-        alive, inside = [], ["language_model"]  # the latter also has what is between tower and decoder
-        counted = {name: [0, 0, 0] for name in ("language_model", "visual")}
-
-        def count(tensor):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known:
-                known.add(storage._cdata)
-                alive.append(storage)  # so that no other gets its address
-                counted[inside[-1]][0] += storage.nbytes()
-            return tensor
+        storages = [tensor.untyped_storage() for tensor in (pixels, *self.model.parameters())]
+        known = {storage._cdata: storage for storage in storages}  # alive, so that no other gets its number
+        counted, inside = {"visual": [0, 0, 0], "language_model": [0, 0, 0]}, ["visual"]
 
         def enter(module, inputs, name):
             inside.append(name)
-            counted[name] = [0, inputs[0].nbytes, -allocated.live]
+            counted[name] = [0, inputs[0].nbytes, 0]
             allocated.most = allocated.live
 
         def leave(module, inputs, output, name):
             inside.pop()
-            counted[name][2] += allocated.most
+            counted[name][2] = allocated.most - sum(size for size, _, _ in counted.values())
+
+        def save(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                known[storage._cdata] = storage
+                counted[inside[-1]][0] += storage.nbytes()
+            return tensor
 
         hooks = []
         for name, module in base.named_modules():
-            name = name.replace("base_layer.", "")
-            if BLOCK.search(name) or "merger" in name:
+            if BLOCK.search(name) or MERGER.search(name):
                 hooks.append(module.register_forward_pre_hook(functools.partial(enter, name=name)))
                 hooks.append(module.register_forward_hook(functools.partial(leave, name=name)))
         with (
             torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None),
-            torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             Allocated() as allocated,
         ):
-            inside.append("visual")
-            cast = pixels.type(base.visual.dtype)
-            counted["visual"][1] = allocated.live
-            features = base.visual(cast, torch.from_numpy(grid), **tower).pooler_output
-            inside.pop()
-            embeds = embed(input_ids)
+            features = base.visual(pixels.type(base.visual.dtype), torch.from_numpy(grid), **tower).pooler_output
+            inside = ["language_model"]
+            embeds = base.get_input_embeddings()(input_ids)
             embeds = embeds.masked_scatter(input_ids[..., None] == 0, features.to(embeds.dtype))
-            positions = torch.arange(tokens).expand(4, 1, tokens)
-            plan = mv.AttentionPlan.make([tokens])
+            positions, plan = torch.arange(tokens).expand(4, 1, tokens), mv.AttentionPlan.make([tokens])
             base.language_model(inputs_embeds=embeds, position_ids=positions, plan=plan, use_cache=False)
         for hook in hooks:
             hook.remove()
@@ -272,35 +273,36 @@ class MemoryModel:
         """Peak in GiB of a step whose largest row has so many tokens, patches and supervised tokens, and its parts."""
         args, text, e = self.args, self.config.get_text_config(), self.e
         patch_dim = 3 * mv.FRAME_FACTOR * self.config.vision_config.patch_size**2
-        size = {"llm": tokens, "vision": patches, "merger": patches}
-        saved, block = dict.fromkeys(size, 0), dict.fromkeys(size, 0)
-        forward = 0  # of one of the tower's blocks, at its highest
-        for name, (own, of_input, most) in self.saved.items():
+        units = {"llm": tokens, "vision": patches, "merger": patches}
+        saved, block = dict.fromkeys(units, 0), dict.fromkeys(units, 0)
+        forward = 0  # what one of the tower's blocks needs at most
+        for name, (size, of_input, needed) in self.saved.items():
             part = mv.part_of(f"{name}.")
             if BLOCK.search(name):
-                forward = max(forward, most * patches) if part == "vision" else forward
-                block[part] = max(block[part], own * size[part])
-                own = of_input if own and args.gradient_checkpointing else own
-            saved[part] += own * size[part]
+                forward = max(forward, needed * units[part]) if part == "vision" else forward
+                block[part] = max(block[part], size * units[part])
+                size = of_input if size and args.gradient_checkpointing else size
+            saved[part] += size * units[part]
         again = {part: block[part] * BACKWARD if args.gradient_checkpointing else 0 for part in block}
         pixels, logits = patches * patch_dim * 4, supervised * text.vocab_size
         chunk = min(logits * 4, mv.LOGPS_BYTES["cuda"])  # of mv.token_logps
         head = logits * e * 2 + chunk * 2
-        states, head_gradient = self.states(), self.trained_head * self.w
+        states = self.states()
+        head_gradient, embed_gradient = self.trained_head * self.w, self.trained_embeddings * self.w
         base, gradients, casts = states["weights"] + states["optimizer"] + pixels, states["gradients"], states["casts"]
         base += states["reference"]
         if args.gradient_accumulation_steps > 1:  # those of earlier rows are there all the time
-            base, gradients, head_gradient = base + gradients, 0, 0
+            base, gradients, head_gradient, embed_gradient = base + gradients, 0, 0, 0
         llm = self.trained_llm / max(1, self.trained)  # of gradients and casts
-        cast_pixels = patches * self.saved["visual"][1]
         kept = 0 if args.gradient_checkpointing else casts
         activations = sum(saved.values())
         moments = {
-            "forward pass of the tower": base + casts * (1 - llm) + cast_pixels + saved["vision"] + forward,
+            "forward pass of the tower": base + casts * (1 - llm) + saved["vision"] + forward,
             "end of the forward pass": base + activations + casts + logits * e + chunk * 2,
             "start of the backward pass": base + activations + kept + max(head, head_gradient + again["llm"]),
-            "backward pass of the tower": base + gradients * llm + kept
-            + saved["vision"] + again["vision"],
+            "backward pass of the first decoder layer": base + gradients * llm - embed_gradient + kept
+            + saved["vision"] + saved["merger"] + max(block["llm"], again["llm"]),
+            "backward pass of the tower": base + gradients * llm + kept + saved["vision"] + again["vision"],
             "end of the backward pass": base + gradients + block["vision"],
             "optimizer step": base + gradients + states["step"],
         }  # fmt: skip
