@@ -288,19 +288,20 @@ class MemoryModel:
         chunk = min(logits * 4, mv.LOGPS_BYTES["cuda"])  # of mv.token_logps
         head = logits * e * 2 + chunk * 2
         states = self.states()
-        head_gradient, embed_gradient = self.trained_head * self.w, self.trained_embeddings * self.w
         base, gradients, casts = states["weights"] + states["optimizer"] + pixels, states["gradients"], states["casts"]
         base += states["reference"]
         if args.gradient_accumulation_steps > 1:  # those of earlier rows are there all the time
-            base, gradients, head_gradient, embed_gradient = base + gradients, 0, 0, 0
-        llm = self.trained_llm / max(1, self.trained)  # of gradients and casts
+            base, gradients = base + gradients, 0
+        llm, of_head, of_embeddings = (  # shares of the gradients
+            count / max(1, self.trained) for count in (self.trained_llm, self.trained_head, self.trained_embeddings)
+        )
         kept = 0 if args.gradient_checkpointing else casts
         activations = sum(saved.values())
         moments = {
             "forward pass of the tower": base + casts * (1 - llm) + saved["vision"] + forward,
             "end of the forward pass": base + activations + casts + logits * e + chunk * 2,
-            "start of the backward pass": base + activations + kept + max(head, head_gradient + again["llm"]),
-            "backward pass of the first decoder layer": base + gradients * llm - embed_gradient + kept
+            "start of the backward pass": base + activations + kept + max(head, gradients * of_head + again["llm"]),
+            "backward pass of the first decoder layer": base + gradients * (llm - of_embeddings) + kept
             + saved["vision"] + saved["merger"] + max(block["llm"], again["llm"]),
             "backward pass of the tower": base + gradients * llm + kept + saved["vision"] + again["vision"],
             "end of the backward pass": base + gradients + block["vision"],
