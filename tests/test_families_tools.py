@@ -138,6 +138,18 @@ def test_tokens_are_those_of_the_encoder(tiny_qwen3_5, folder, budget):
             assert visual + row[1] <= budget
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_memory_with_recurrent_layers(request, folder, tmp_path, monkeypatch, capsys, family):
+    """check_data.py predicts a step of both families, and says what it assumes of recurrent layers where there are."""
+    model, report = request.getfixturevalue(f"tiny_{family}"), tmp_path / "report.json"
+    flags = ["--model_id", model, "--data_path", folder / "sft.json", "--image_folder", folder, *SIZES, "--report",
+             report, "--gpu_memory_gb", 80, "--num_workers", 1]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["check_data.py", *map(str, flags)])
+    mv.run(check_data.main)  # raises SystemExit if it finds what would stop a run
+    assert ("flash-linear-attention on CUDA needs less" in capsys.readouterr().out) is (family == "qwen3_5")
+    assert json.loads(report.read_text())["memory"]["parts"]["activations"] > 0
+
+
 def test_answers_without_thoughts(tiny_qwen3_5, folder):
     """Counted where the template has the model think, not where it is told not to, in prompts, or masked."""
     encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5))

@@ -595,7 +595,7 @@ def report_memory(found: Findings, args, own: CheckFlags, launch: dict, factor: 
 
     return {
         **model.peak(tokens, visual * patches, learned), "gpu_gib": own.gpu_memory_gb, "launch": launch,
-        "trained": model.trained, "frozen": model.frozen + model.quantized,
+        "trained": model.trained, "frozen": model.frozen + model.quantized, "recurrent": model.recurrent,
         "largest_row": {"samples": samples, "tokens": tokens, "visual": visual},
         "table": {"videos": videos, "text": text, "sides": SIZES, "frames": FRAMES,
                   "gib": [[peak(side, frames) for side in SIZES] for frames in FRAMES]},
@@ -757,6 +757,8 @@ def show(report: dict, first: int):
         line("largest row", f"{row['samples']} samples, {row['tokens']:,} tokens, {row['visual']:,} of them visual")
         parts = [f"{name} {value:.1f}" for name, value in memory["parts"].items()]
         line("GiB", ", ".join([*parts, f"CUDA and unusable {RUNTIME_GIB:g}"]))
+        if memory["recurrent"]:
+            line("", "with recurrent layers computed by plain torch: flash-linear-attention on CUDA needs less")
         if report["objective"] == "grpo":
             line("", "of the update: rollouts and their completions come on top")
         print(f"  GiB with {table['videos']} videos and {table['text']:,} text tokens per sample; *: over the GPU's")

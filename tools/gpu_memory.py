@@ -1,24 +1,36 @@
-"""Peak memory of one training step on one GPU, by arithmetic: the formula behind check_data.py --gpu_memory_gb.
+"""Peak memory of one training step on one GPU, without one: the prediction behind check_data.py --gpu_memory_gb.
 
-Weights are counted by building the model, adapters included, on the meta device; activations follow from the shapes in
-its config. tests/test_tools_data.py holds the prediction against the allocations of real steps. What is split over
-processes (ZeRO, FSDP2) is divided by their number; DeepSpeed's buffers are taken at its default sizes.
+The model, adapters included, is built of fake tensors, which have shapes and types but no memory. Its weights are
+counted, and so is what its forward pass saves for the backward pass. tests/test_tools_data.py holds the prediction
+against the allocations of real steps. What is split over processes (ZeRO, FSDP2) is divided by their number;
+DeepSpeed's buffers are taken at its default sizes.
 """
 
+import functools
 import re
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import multivideo as mv
 
+import numpy as np
 import torch
 import transformers
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size; its stage3_max_live_parameters is twice that
+BLOCK = re.compile(r"(?:layers|blocks)\.\d+$")  # the name of a decoder layer or of a block of the tower
+MERGER = re.compile(r"merger(?:_list\.\d+)?$")
 BACKWARD = 1.3  # a block's backward pass needs this much of what its forward pass keeps
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+SIDE = 16  # patches: height and width of the clip that is counted, whole windows of Qwen2.5-VL's tower
 RUNTIME_GIB = 1.0  # CUDA context, workspaces of the libraries, and what the allocator cannot use
 # Optimizer state per trained fp32 weight; the paged ones leave the GPU when it is full.
 OPTIMIZER_BYTES = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_bnb_8bit": 2, "adamw_8bit": 2, "adafactor": 0,
@@ -47,19 +59,46 @@ def read_launcher(config_file: str | None, num_processes: int | None) -> dict:
             "offload_weights": deepspeed.get("offload_param_device", "none") != "none"}  # fmt: skip
 
 
+class Allocated(TorchDispatchMode):
+    """Bytes of the tensors made inside that are alive, and the most there were since `most` was set."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.most = 0
+        self.known = set()
+
+    def free(self, key, size):
+        self.known.remove(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.live)
+        return result
+
+
 class MemoryModel:
-    """Predicts the peak memory of one training step on one GPU; weights are counted on the meta device.
+    """Predicts the peak memory of one training step on one GPU; see `saved` for activations.
 
     The moments at which it can be highest; W weights, G gradients, O optimizer state, A saved activations:
-        end of the forward pass     W + O + A + logits + casts      (with several rows per step + G, here and below)
-        start of the backward pass  W + O + A + logits and their gradient, or one block of the language model
+        forward pass of the tower   W + O + the tower's A + what one of its blocks needs (with several rows per step
+                                    + G, here and below)
+        end of the forward pass     W + O + A + logits + casts
+        start of the backward pass  W + O + A + logits and their gradient, or the head's G and one decoder layer
+        first decoder layer         W + O + the language model's G + the A before it + one decoder layer
         backward pass of the tower  W + O + the language model's G + the tower's A + one of its blocks
         end of the backward pass    W + O + G + one block
         optimizer step              W + O + G + its workspace
     The frozen copy that DPO or GRPO has beside the trained model as a reference is there all the time.
     Types as load_model sets them: trained weights w = 4 bytes under autocast (and casts of them to e = 2 bytes for the
-    matrix products), frozen ones 2. A is summed over blocks by what each operation keeps (block_bytes); gradient
-    checkpointing leaves the input of each block, and one block's A on top when it is computed again.
+    matrix products), frozen ones 2. A is what `saved` counts; gradient checkpointing leaves the input of each block,
+    and one block's A on top when it is computed again.
     """
 
     def __init__(self, args, launch: dict, copied: str | None = None):
@@ -74,33 +113,25 @@ class MemoryModel:
             parameter.requires_grad_(name in trained)
         if args.lora_enable:
             model = mv.add_adapter(model, trained, args)
+        self.model = model
+        self.recurrent = "linear_attention" in (getattr(self.config.get_text_config(), "layer_types", None) or ())
         self.trained = self.trained_llm = self.frozen = self.quantized = self.cast = 0
+        self.trained_head = self.trained_embeddings = 0  # those tied to the head are in the former
         self.largest_quantized, self.largest = 0, max(parameter.numel() for parameter in model.parameters())
-        kinds = {}  # (part, block or None) → {"trained", "adapted"}
         for name, parameter in model.named_parameters():
             part, count = mv.part_of(name), parameter.numel()
             in_block = re.search(r"(?:layers|blocks)\.(\d+)\.", name)
             if parameter.requires_grad:
                 self.trained += count
                 self.trained_llm += count if part == "llm" else 0
+                self.trained_head += count if ("embed_tokens" if tied else "lm_head") in name else 0
+                self.trained_embeddings += count if "embed_tokens" in name and not tied else 0
                 self.cast += count if parameter.ndim > 1 and (tied or "embed_tokens" not in name) else 0
-                kind = "adapted" if "lora_" in name else "trained"
-                kinds.setdefault((part, in_block and int(in_block[1])), set()).add(kind)
             elif args.bits < 16 and part == "llm" and in_block and parameter.ndim > 1:
                 self.quantized += count
                 self.largest_quantized = max(self.largest_quantized, count)
             else:
                 self.frozen += count
-        vision, text = self.config.vision_config, self.config.get_text_config()
-        flows = False  # does the gradient reach this block?
-        self.blocks = {"vision": [], "llm": []}
-        for part, depth in (("vision", vision.depth), ("llm", text.num_hidden_layers)):
-            flows = flows or (part, None) in kinds or (part == "llm" and any(key[0] != "llm" for key in kinds))
-            for block in range(depth):
-                kind = kinds.get((part, block), {"frozen"})
-                flows = flows or kind != {"frozen"}
-                self.blocks[part].append(("trained" if "trained" in kind else min(kind), flows))
-        self.merger = ("merger", None) in kinds or (flows and any(flow for _, flow in self.blocks["vision"]))
         low = 2 if args.bf16 or args.fp16 or args.pure_bf16 else 4
         deepspeed = launch["kind"] == "DEEPSPEED"
         self.e = low  # bytes of the values that matrix products read
@@ -158,59 +189,100 @@ class MemoryModel:
         return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "step": step, "casts": other,
                 "reference": copy}  # fmt: skip
 
-    def block_bytes(self, part: str, kind: str) -> float:
-        """Bytes per token (language model) or patch (tower) that one block keeps for the backward pass.
+    @staticmethod
+    def fake(shape, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on the CPU without memory."""
+        with FAKE:
+            return torch.empty(shape, dtype=dtype)
 
-        Norms keep their input in fp32 and, trained, its normalised form; attention keeps query, key, value, output and
-        one number per head; the MLP keeps gate, activated gate, up and, before a trained matrix, their product. Linear
-        layers keep their input: one cast each under autocast, one for all where the types agree already.
+    @functools.cached_property
+    def saved(self) -> dict:
+        """What the parts of the model save for the backward pass, and what the forward pass needs on top.
+
+        Name of a block, a merger, or of the tower or the language model for what is around these → (bytes saved, bytes
+        of the part's input, most bytes alive in its forward pass that nothing has saved). Bytes are per token of the
+        language model or patch of the tower: the difference of two lengths, so that what does not grow with them,
+        such as casts of weights, is not in them; see `states`.
         """
-        args, config, e = self.args, self.config.get_text_config(), self.e
-        if part == "llm":
-            h, heads, inter = config.hidden_size, config.num_attention_heads, config.intermediate_size
-            q, kv, residual = h, h * config.num_key_value_heads // heads, self.residual
-            attention, readers = e * (2 * q + 2 * kv), 3
-        else:
-            config = self.config.vision_config
-            h = getattr(config, "embed_dim", config.hidden_size)
-            inter = getattr(config, "intermediate_size", None) or int(h * config.mlp_ratio)
-            q, kv, heads, residual = h, h, config.num_heads, e
-            attention, readers = e * 6 * h, 1  # query, key and value come as one tensor, which stays
-        trained, adapted = kind == "trained", kind == "adapted"
-        mask = 1 if args.lora_dropout else 0
+        types_of = {2: mv.autocast_dtype(self.args) or torch.bfloat16, 4: torch.float32}
+        for module in self.model.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                dtype = types_of[self.w if weight.requires_grad else self.f]
+                module._parameters[name] = torch.nn.Parameter(self.fake(weight.shape, dtype), weight.requires_grad)
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = self.fake(buffer.shape, buffer.dtype)
+        mv.use_packed_attention(self.model.train(), "sdpa")  # saves what the kernels on CUDA save
+        once, twice = self.count_saved(1), self.count_saved(2)
+        merge, saved = self.config.vision_config.spatial_merge_size, {}
+        for name, sizes in twice.items():
+            units = SIDE**2 // merge**2 if mv.part_of(f"{name}.") == "llm" else SIDE**2
+            saved[name] = [(size - less) / units for size, less in zip(sizes, once[name])]
+        return saved
 
-        def linear(width, count, type_of_input, outputs):
-            if adapted:
-                return count * (width * (e + mask) + args.lora_rank * e) + (4 * outputs if args.use_dora else 0)
-            return width * e * (1 if type_of_input == e else count) if trained else 0
+    def count_saved(self, length: int) -> dict:
+        """A forward pass on one clip of `length` temporal patches; bytes by name as in `saved`, of all of it."""
+        vision, low = self.config.vision_config, mv.autocast_dtype(self.args)
+        merge, patch_size, grid = vision.spatial_merge_size, vision.patch_size, np.array([[length, SIDE, SIDE]])
+        clip = SimpleNamespace(config=self.config, merge_size=merge, patch_size=patch_size)
+        tower = {name.removeprefix("video_"): value for name, value in mv.tower_inputs(grid, clip, "cpu").items()}
+        base = (self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model).model
+        tokens = length * SIDE**2 // merge**2
+        pixels = self.fake((length * SIDE**2, 3 * mv.FRAME_FACTOR * patch_size**2), torch.float32)
+        input_ids = self.fake((1, tokens), torch.long)
+        storages = [tensor.untyped_storage() for tensor in (pixels, *self.model.parameters())]
+        known = {storage._cdata: storage for storage in storages}  # alive, so that no other gets its number
+        counted, inside = {"visual": [0, 0, 0], "language_model": [0, 0, 0]}, ["visual"]
 
-        normed = max(residual, self.w if trained else self.f)
-        norms = 2 * (4 * h + (residual * h if trained else 0) + 4)
-        heard = linear(h, readers, normed, q + 2 * kv) + attention + 4 * heads + (linear(q, 1, e, h) if adapted else 0)
-        mlp = linear(h, 2, normed, 2 * inter) + 3 * e * inter + linear(inter, 1, e, h)
-        return norms + heard + mlp
+        def enter(module, inputs, name):
+            inside.append(name)
+            counted[name] = [0, inputs[0].nbytes, 0]
+            allocated.most = allocated.live
 
-    @property
-    def residual(self) -> int:
-        """Bytes of a value of the language model's hidden states: the type of its embeddings."""
-        return self.w if any(kind == "trained" for kind, _ in self.blocks["llm"]) else self.f
+        def leave(module, inputs, output, name):
+            inside.pop()
+            counted[name][2] = allocated.most - sum(size for size, _, _ in counted.values())
+
+        def save(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                known[storage._cdata] = storage
+                counted[inside[-1]][0] += storage.nbytes()
+            return tensor
+
+        hooks = []
+        for name, module in base.named_modules():
+            if BLOCK.search(name) or MERGER.search(name):
+                hooks.append(module.register_forward_pre_hook(functools.partial(enter, name=name)))
+                hooks.append(module.register_forward_hook(functools.partial(leave, name=name)))
+        with (
+            torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None),
+            torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+            Allocated() as allocated,
+        ):
+            features = base.visual(pixels.type(base.visual.dtype), torch.from_numpy(grid), **tower).pooler_output
+            inside = ["language_model"]
+            embeds = base.get_input_embeddings()(input_ids)
+            embeds = embeds.masked_scatter(input_ids[..., None] == 0, features.to(embeds.dtype))
+            positions, plan = torch.arange(tokens).expand(4, 1, tokens), mv.AttentionPlan.make([tokens])
+            base.language_model(inputs_embeds=embeds, position_ids=positions, plan=plan, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return counted
 
     def peak(self, tokens: int, patches: int, supervised: int) -> dict:
         """Peak in GiB of a step whose largest row has so many tokens, patches and supervised tokens, and its parts."""
         args, text, e = self.args, self.config.get_text_config(), self.e
         patch_dim = 3 * mv.FRAME_FACTOR * self.config.vision_config.patch_size**2
-        vision_width = getattr(self.config.vision_config, "embed_dim", self.config.vision_config.hidden_size) * e
-        size = {"llm": tokens, "vision": patches}
-        width = {"llm": text.hidden_size * self.residual, "vision": vision_width}
-        saved = {"vision": patches * patch_dim * e if e < 4 else 0,  # a cast of the pixels, for the first projection
-                 "llm": tokens * text.hidden_size * (8 + e),  # embeddings and last norm
-                 "merger": patches * vision_width / e * (4 + 4 * e) if self.merger else 0}  # fmt: skip
-        block = {"vision": 0, "llm": 0}
-        for part, blocks in self.blocks.items():
-            for kind, flows in blocks:
-                own = self.block_bytes(part, kind) * size[part] if flows else 0
-                saved[part] += (width[part] * size[part] if flows else 0) if args.gradient_checkpointing else own
-                block[part] = max(block[part], own)
+        units = {"llm": tokens, "vision": patches, "merger": patches}
+        saved, block = dict.fromkeys(units, 0), dict.fromkeys(units, 0)
+        forward = 0  # what one of the tower's blocks needs at most
+        for name, (size, of_input, needed) in self.saved.items():
+            part = mv.part_of(f"{name}.")
+            if BLOCK.search(name):
+                forward = max(forward, needed * units[part]) if part == "vision" else forward
+                block[part] = max(block[part], size * units[part])
+                size = of_input if size and args.gradient_checkpointing else size
+            saved[part] += size * units[part]
         again = {part: block[part] * BACKWARD if args.gradient_checkpointing else 0 for part in block}
         pixels, logits = patches * patch_dim * 4, supervised * text.vocab_size
         chunk = min(logits * 4, mv.LOGPS_BYTES["cuda"])  # of mv.token_logps
@@ -220,13 +292,18 @@ class MemoryModel:
         base += states["reference"]
         if args.gradient_accumulation_steps > 1:  # those of earlier rows are there all the time
             base, gradients = base + gradients, 0
+        llm, of_head, of_embeddings = (  # shares of the gradients
+            count / max(1, self.trained) for count in (self.trained_llm, self.trained_head, self.trained_embeddings)
+        )
         kept = 0 if args.gradient_checkpointing else casts
         activations = sum(saved.values())
         moments = {
+            "forward pass of the tower": base + casts * (1 - llm) + saved["vision"] + forward,
             "end of the forward pass": base + activations + casts + logits * e + chunk * 2,
-            "start of the backward pass": base + activations + kept + max(head, again["llm"]),
-            "backward pass of the tower": base + gradients * self.trained_llm / max(1, self.trained) + kept
-            + saved["vision"] + again["vision"],
+            "start of the backward pass": base + activations + kept + max(head, gradients * of_head + again["llm"]),
+            "backward pass of the first decoder layer": base + gradients * (llm - of_embeddings) + kept
+            + saved["vision"] + saved["merger"] + max(block["llm"], again["llm"]),
+            "backward pass of the tower": base + gradients * llm + kept + saved["vision"] + again["vision"],
             "end of the backward pass": base + gradients + block["vision"],
             "optimizer step": base + gradients + states["step"],
         }  # fmt: skip
