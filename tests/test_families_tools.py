@@ -98,8 +98,15 @@ def test_videos_that_the_template_leaves_out(tiny_qwen3_vl, folder):
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": shown}]
     record = train_sft.normalize_record({"id": "seven", "messages": turns}, "record 6")
     encoder = mv.Encoder(tiny_qwen3_vl, arguments(tiny_qwen3_vl))
-    with pytest.raises(mv.InputError, match="record seven: the chat template has 0 places for 2 of videos and images"):
+    with pytest.raises(mv.InputError, match="record seven: the chat template leaves out videos or images in ass"):
         encoder(record, str(folder))
+    system = [{"role": "system", "content": [shown[0]]}, turns[0], {"role": "assistant", "content": "That."}]
+    refused = {"qwen3_vl": "leaves out videos or images in system turns", "qwen3_5_think": "System message cannot"}
+    for template, message in refused.items():
+        encoder.chat_template = real_template(template)
+        with pytest.raises(mv.InputError, match=f"record seven: the .*chat template .*{message}"):
+            encoder(train_sft.normalize_record({"id": "seven", "messages": system}, "record 6"), str(folder))
+    encoder.chat_template = real_template("qwen3_vl")
     check_data._worker.update(encoder=encoder, normalize=train_sft.normalize_record)
     found = check_data.read_record(("record 6", {"id": "seven", "messages": turns}, str(folder)))
     assert "the chat template leaves out videos or images in assistant turns" in found["problem"]
@@ -309,6 +316,85 @@ def test_options_of_the_template_are_checked(folder, tiny_qwen3_5, monkeypatch, 
     for name in ("enable_thinkng", "add_generation_prompt"):
         with pytest.raises(mv.InputError, match=f"the model's chat template does not read {name!r}: remove it"):
             in_process(monkeypatch, *flags, "--chat_template_kwargs", json.dumps({name: True}))
+
+
+def with_template(model, folder, name):
+    """A copy of a model with the chat template of this name."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(real_template(name))
+    return str(folder)
+
+
+def test_values_of_options(tiny_qwen3_5, folder, tmp_path):
+    """What a template would misread or refuse is an error that names it; words of a template are no options."""
+    model = with_template(tiny_qwen3_5, tmp_path / "model", "qwen3_8")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}]
+    encoder = mv.Encoder(model, arguments(model))
+    for options, message in (
+        ({"enable_thinking": "false"}, "'enable_thinking' must be true or false, got str 'false'"),
+        ({"thinking": False}, "the model's chat template does not read 'thinking'"),  # in its text, though
+        ({"reasoning_effort": "high"}, "chat template refuses it: Unexpected reasoning effort high"),
+    ):
+        with pytest.raises(mv.InputError, match=f"--chat_template_kwargs: .*{message}"):
+            mv.Encoder(model, arguments(model, chat_template_kwargs=json.dumps(options)))
+        row = train_sft.normalize_record({"id": "1", "messages": turns, "chat_template_kwargs": options}, "x")
+        with pytest.raises(ValueError, match=message):
+            mv.check_rendered(row, encoder.template_reads(), encoder.chat_template)
+            encoder(row, str(folder))
+
+
+def test_tools_of_all_records_and_of_one(tiny_qwen3_5, folder):
+    """Those of --chat_template_kwargs go to records without their own."""
+    names = [{"type": "function", "function": {"name": name}} for name in ("of_all", "of_one")]
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5, chat_template_kwargs=json.dumps({"tools": names[:1]})))
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}]
+    for own, there, missing in (({}, "of_all", "of_one"), ({"tools": names[1:]}, "of_one", "of_all")):
+        row = train_sft.normalize_record({"messages": turns, **own}, "x")
+        mv.check_rendered(row, encoder.template_reads(), encoder.chat_template)
+        text = encoder.tokenizer.decode(encoder(row, str(folder))["input_ids"])
+        assert there in text and missing not in text
+
+
+def test_nulls_of_calls():
+    """Those of JSON text are the author's; those of objects may be Arrow's."""
+
+    def arguments_of(calls):
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        row = train_sft.normalize_record({"messages": turns}, "x")
+        return json.loads(row["messages"][1]["tool_calls"])[0]["function"]["arguments"]
+
+    value = {"a": None, "b": 1}
+    assert arguments_of([{"name": "f", "arguments": json.dumps(value)}]) == value
+    assert arguments_of(json.dumps([{"name": "f", "arguments": value}])) == value
+    assert arguments_of([{"name": "f", "arguments": value}]) == {"b": 1}
+    assert arguments_of([{"name": "f", "arguments": None}]) == {}
+
+
+@pytest.mark.parametrize("template", ["qwen3_5_think", "qwen3_8"])
+def test_thoughts_within_the_text(tiny_qwen3_5, folder, template):
+    """Also without the <think> that the prompt ends with; text is neither left out nor are there two thoughts."""
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5))
+    encoder.chat_template = real_template(template)
+
+    def learned(text, **fields):
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text, **fields}]
+        sample = encoder(train_sft.normalize_record({"id": "1", "messages": turns}, "x"), str(folder))
+        return encoder.tokenizer.decode(sample["labels"][sample["labels"] != -100])
+
+    for text in (
+        "<think>So.</think>Yes.",
+        "So.\n</think>\n\nYes.",
+        "\nSo.</think> Yes.",
+        "<think>\nSo.\n</think>\nYes.",
+    ):
+        assert learned(text) == "So.\n</think>\n\nYes.<|im_end|>"
+    with pytest.raises(mv.InputError, match="record 1: text before the <think> of an answer"):
+        learned("Hm. <think>So.</think>Yes.")
+    with pytest.raises(ValueError, match="turn 1: thoughts both in a field and, as <think>, in the text"):
+        learned("<think>So.</think>Yes.", reasoning="So.")
+
+
+
 
 
 def test_a_model_without_a_chat_template(tiny_model, tmp_path):

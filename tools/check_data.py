@@ -183,8 +183,7 @@ def read_record(item) -> dict:
             (ids, labels), *answers = encoder.tokenize(row["messages"], row.get("completions"), options)
             parts = [part for turn in row["messages"] for part in turn["content"] if part["type"] != "text"]
             if sum(token in encoder.vision_ids[2:] for token in ids) != len(parts):
-                raise ValueError("the chat template leaves out videos or images in assistant turns: put them into "
-                                 "user turns")  # fmt: skip
+                raise ValueError(mv.left_out(row["messages"]))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     except Exception as error:  # whatever it is, it would end a run
