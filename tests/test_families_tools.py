@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_train import in_process
 
 import train_cls
+import train_dpo
 import train_grpo
 import train_sft
 
@@ -393,6 +394,27 @@ def test_thoughts_within_the_text(tiny_qwen3_5, folder, template):
     with pytest.raises(ValueError, match="turn 1: thoughts both in a field and, as <think>, in the text"):
         learned("<think>So.</think>Yes.", reasoning="So.")
 
+
+def test_pairs_of_several_turns(tiny_qwen3_5, folder):
+    """Results of calls follow one another; where a template rewrites earlier answers, the message says so."""
+    call = {"name": "crop", "arguments": {}}
+    result, answer = {"role": "tool", "content": "1"}, {"role": "assistant", "content": "Yes."}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call, call]}, result, result, answer]
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5))
+    row = train_dpo.normalize_record({"id": "1", "prompt": "?", "chosen": turns, "rejected": "No."}, "x")
+    sample = encoder(row, str(folder))
+    assert encoder.tokenizer.decode(sample["input_ids"]).count("<tool_response>\n1\n</tool_response>") == 2
+    for wrong in ([result, answer], [answer, answer], [answer, {"role": "user", "content": "?"}, result, answer]):
+        with pytest.raises(ValueError, match="must alternate"):
+            train_dpo.normalize_record({"prompt": "?", "chosen": wrong, "rejected": "No."}, "x")
+    pair = {"chosen": [answer, {"role": "user", "content": "Sure?"}, answer], "rejected": "No."}
+    row = train_dpo.normalize_record({"id": "1", "prompt": "?", **pair}, "x")
+    for template, more in (("qwen3_5_think", "give answers of one turn$"), ("qwen3_6", "or --chat_template_kwargs")):
+        encoder.chat_template = real_template(template)
+        with pytest.raises(mv.InputError, match=f"thoughts of answers before the last question: .*{more}"):
+            encoder(row, str(folder))
+    row["chat_template_kwargs"] = '{"preserve_thinking": true}'
+    assert len(encoder(row, str(folder))["lengths"]) == 3
 
 
 
