@@ -418,6 +418,22 @@ def test_pairs_of_several_turns(tiny_qwen3_5, folder):
 
 
 
+def test_rewards_are_given_the_prefix_and_the_calls(tmp_path):
+    """A function may need `generation_prefix`, which no column replaces; prompts have the calls of their turns."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+             {"role": "tool", "content": "1"}]  # fmt: skip
+    record = train_grpo.normalize_record({"prompt": turns, "solution": "4", "generation_prefix": "own"}, "x")
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "def given(generation_prefix, **_):\n    return [float(p == '<think>') for p in generation_prefix]\n"
+    )
+    functions = train_grpo.load_rewards([f"{path}:given"])
+    train_grpo.check_parameters("data_path", "a.json", ["solution"], functions)
+    group = {"record": record, "texts": ["4"], "ids": [[1]], "generation_prefix": "<think>"}
+    inputs = train_grpo.reward_inputs([group], ["solution", "generation_prefix"])
+    assert inputs["generation_prefix"] == ["<think>"] and inputs["prompts"][0][1]["tool_calls"] == [call]
+
 
 def test_a_model_without_a_chat_template(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
