@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import multivideo as mv
@@ -416,6 +417,25 @@ def test_pairs_of_several_turns(tiny_qwen3_5, folder):
     row["chat_template_kwargs"] = '{"preserve_thinking": true}'
     assert len(encoder(row, str(folder))["lengths"]) == 3
 
+
+def test_answers_that_begin_otherwise(tiny_qwen3_5):
+    """Counted: learned thoughts after an empty one, and learned answers whose thoughts the template leaves out."""
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5))
+
+    def found(*answers, normalize=train_sft.normalize_record, **options):
+        turns = [turn for answer in answers for turn in ({"role": "user", "content": "?"}, answer)]
+        row = normalize({"messages": turns, "chat_template_kwargs": options}, "x")
+        return check_data.begins_otherwise(row, encoder)
+
+    plain, thinks = ({"role": "assistant", "content": "Yes.", **more} for more in ({}, {"reasoning": "So."}))
+    assert not found(plain) and found(thinks) and not found(thinks, enable_thinking=True)
+    assert found(plain, plain) and not found({**plain, "loss": False}, plain)
+    last = partial(train_sft.normalize_record, train_on="last")
+    assert not found(plain, plain, normalize=last)
+    encoder.chat_template = real_template("qwen3_6")
+    assert found(thinks, thinks) and not found(thinks, thinks, preserve_thinking=True)
+    encoder.chat_template = real_template("qwen3_vl")
+    assert not found(plain, plain)
 
 
 def test_rewards_are_given_the_prefix_and_the_calls(tmp_path):
