@@ -282,10 +282,13 @@ def normalize_record(record: dict, where: str) -> dict:
 
 
 def final_answer(text: str) -> str:
-    """What stands between the last <answer> tags, else the text without its <think> part."""
+    """What stands between the last <answer> tags, else the text without its <think> part.
+
+    That part begins with the text where the chat template gives the <think> before it.
+    """
     if found := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
         return found[-1].strip()
-    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    return re.sub(r"<think>.*?</think>|\A(?:(?!<think>).)*?</think>", "", text, flags=re.DOTALL).strip()
 
 
 def texts_of(completions) -> list[str]:

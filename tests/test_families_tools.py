@@ -438,6 +438,15 @@ def test_answers_that_begin_otherwise(tiny_qwen3_5):
     assert not found(plain, plain)
 
 
+def test_final_answers_behind_given_thoughts():
+    """A thought whose <think> the chat template gives is no part of the answer that rewards compare."""
+    texts = ["Is it 3 or 4?\n</think>\n\n4", "<think>\n3?\n</think>\n\n4", "4", "\n</think>\n\n4"]
+    assert [train_grpo.final_answer(text) for text in texts] == ["4"] * 4
+    assert train_grpo.accuracy_reward(texts, ["4"] * 4) == train_grpo.numeric_reward(texts, ["4"] * 4) == [1.0] * 4
+    assert train_grpo.choice_reward(["A or B? A\n</think>\n\nB"], ["B"]) == [1.0]
+    assert train_grpo.final_answer("So <think>3?</think> 4") == "So  4"
+
+
 def test_rewards_are_given_the_prefix_and_the_calls(tmp_path):
     """A function may need `generation_prefix`, which no column replaces; prompts have the calls of their turns."""
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
