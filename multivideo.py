@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING
 
 try:
     import huggingface_hub
+    import jinja2.meta
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -912,8 +913,10 @@ UNRENDERED = {
 }
 ANSWER = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 CLIP = re.compile(r"(?:<[\d.]+ seconds>)?<\|vision_start\|>")  # with the time stamp before it
-THOUGHT = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)
+# Of an answer; <think> is not in it where it was sampled after a prompt that ends with it.
+THOUGHT = re.compile(r"\s*(?:<think>)?\n?((?:(?!<think>).)*?)\n?</think>\s*", re.DOTALL)
 PROBE = "probe_of_the_chat_template"
+SWITCHES = ("enable_thinking", "preserve_thinking", "add_vision_id")  # templates ask whether they "are true"
 CONTROL_TOKENS = re.compile(r"<\|(?:(?:video|image|vision)_pad|vision_start|vision_end|im_start|im_end|endoftext)\|>")
 # A tag takes one newline on each side with it. Behind a backslash it is text: \<video> becomes <video>.
 TAG = re.compile(r"((?:\r?\n)?(?<!\\)<(video|image)>(?:\r?\n)?)")
@@ -985,15 +988,16 @@ def template_kwargs(record: dict) -> str | None:
 
 
 def _from_json(fields, key, kind, expected):
-    """A field that may be JSON text, as Parquet has it; an empty one where it is absent."""
+    """A field that may be JSON text, whose nulls stay, or of Arrow; an empty one where it is absent."""
     value = fields.get(key)
+    value = value if isinstance(value, str) else _without_nulls(value)
     with contextlib.suppress(ValueError):  # of another kind than expected
         value = json.loads(value) if isinstance(value, str) and value.strip() else value
     if absent(value) or value == "":
         return kind()
     if not isinstance(value, kind):
         raise ValueError(f"field {key!r} must be {expected} (or its JSON text), got {_short(value)}")
-    return _without_nulls(value)
+    return value
 
 
 def _without_nulls(value):
@@ -1011,12 +1015,25 @@ def _json(value):
     return text
 
 
-def is_read_by(template: str, name: str) -> bool:
-    """Whether a chat template has a variable of this name that is the user's to set."""
-    return (
-        name not in ("messages", "add_generation_prompt")
-        and re.search(rf"\b{re.escape(name)}\b", template) is not None
-    )
+@functools.cache
+def template_options(template: str) -> set[str]:
+    """Names of the variables that a chat template is given from outside and that are the user's to set."""
+    environment = transformers.utils.chat_template_utils._compile_jinja_template(template).environment
+    given = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    return given - {"messages", "add_generation_prompt", *environment.globals}
+
+
+def check_options(options: dict, template: str):
+    """Refuse options that the chat template does not read, and switches that it would take for the other value.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name, value in options.items():
+        if name not in template_options(template):
+            raise ValueError(f"the model's chat template does not read {name!r}: remove it")
+        if name in SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"{name!r} must be true or false, got {_short(value)}")
 
 
 def check_rendered(row: dict, reads: dict[str, bool], template: str):
@@ -1028,9 +1045,10 @@ def check_rendered(row: dict, reads: dict[str, bool], template: str):
     kwargs = json.loads(row.get("chat_template_kwargs") or "{}")
     if "tools" in kwargs and not reads["tools"]:
         raise ValueError(f"field 'tools': the model's chat template has no place for it: {UNRENDERED['tools']}")
-    for name in kwargs:
-        if name != "tools" and not is_read_by(template, name):
-            raise ValueError(f"field 'chat_template_kwargs': the model's chat template does not read {name!r}")
+    try:
+        check_options({name: value for name, value in kwargs.items() if name != "tools"}, template)
+    except ValueError as error:
+        raise ValueError(f"field 'chat_template_kwargs': {error}") from None
     turns = row["messages"] + [turn for answer in row.get("completions") or [] for turn in answer]
     for i, turn in enumerate(turns):
         for name in ("reasoning", "tool_calls"):
@@ -1039,6 +1057,13 @@ def check_rendered(row: dict, reads: dict[str, bool], template: str):
                                  f"model's chat template has no place for it: {UNRENDERED[name]}")  # fmt: skip
         if turn["role"] == "tool" and not reads["tool"]:
             raise ValueError(f"turn {i}: role 'tool' is not known to the model's chat template: {UNRENDERED['tool']}")
+
+
+def left_out(messages: list[dict]) -> str:
+    """The message where a chat template wrote fewer videos and images than these turns have."""
+    roles = {turn["role"] for turn in messages if any(part["type"] != "text" for part in turn["content"])} - {"user"}
+    turns = " or ".join(sorted(roles)) or "some"
+    return f"the chat template leaves out videos or images in {turns} turns: put them into user turns"
 
 
 def refuse_fields(fields: dict, refused: dict[str, str]):
@@ -1360,6 +1385,8 @@ def normalize_turn(turn: dict, i: int, options: dict | None = None) -> dict:
         pieces = TAG.split(text)  # text, tag with its newlines, kind, text, …, text
         parts += [_part(pieces[k], text=pieces[k - 1]) if k % 3 == 2 else _part("text", text=pieces[k])
                   for k in range(len(pieces)) if k % 3 != 1 and pieces[k]]  # fmt: skip
+    if reasoning and any((part["text"] or "").lstrip().startswith("<think>") for part in parts[:1]):
+        raise ValueError(f"turn {i}: thoughts both in a field and, as <think>, in the text: keep one of them")
     return {"role": ROLES[role], "content": parts, "train": train, "reasoning": reasoning, "tool_calls": calls}
 
 
@@ -1414,7 +1441,9 @@ def _tool_calls(turn, i):
             call = call.get("function", call) if isinstance(call, dict) else call
             if not isinstance(call, dict) or not isinstance(call.get("name"), str):
                 raise ValueError(f"field 'tool_calls': a call must have a name and arguments, got {_short(call)}")
-            arguments = _from_json(call, "arguments", dict, "an object")
+            arguments = call.get("arguments")
+            if not isinstance(arguments, dict):  # else its nulls are those of the list
+                arguments = _from_json(call, "arguments", dict, "an object")
             calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
         return _json(calls) if calls else None
     except ValueError as error:
@@ -2591,22 +2620,27 @@ class Encoder:
         self.factor = self.patch_size * self.merge_size
         self.timing = FAMILIES[self.config.model_type]
         self.template_kwargs = json.loads(args.chat_template_kwargs or "{}")
-        if unread := [name for name in self.template_kwargs if not is_read_by(self.chat_template, name)]:
-            raise InputError(
-                f"--chat_template_kwargs: the model's chat template does not read {unread[0]!r}: remove it"
-            )
+        self._of_template = {}  # what is known of the chat template
+        if self.template_kwargs:
+            try:
+                check_options(self.template_kwargs, self.chat_template)
+                self.generation_prefix()
+            except ValueError as error:
+                raise InputError(f"--chat_template_kwargs: {error}") from None
         self.max_positions = self.config.get_text_config().max_position_embeddings
         self.cache = VideoCache(args.video_cache, room, args.video_reader) if args.video_cache else None
         self.watch = watch
         self.end_of_turn = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
         self.vision_ids = self.tokenizer.convert_tokens_to_ids(names)
-        self._of_template = {}  # what is known of the chat template
 
     def render(self, turns: list[dict], options: str | None = None, **kwargs) -> str:
         """Turns of the schema as the chat template writes them, one pad token per clip or, with times, per 2 frames.
 
         `options`: a record's `chat_template_kwargs`.
+
+        Raises:
+            ValueError: the chat template refuses something, or would leave out text.
         """
         # The template's view: frame lists are videos, and a part has only the fields of its type.
         plain = [{"role": m["role"], "content": [
@@ -2621,10 +2655,18 @@ class Encoder:
                 text = next((part for part in message["content"] if part["type"] == "text"), {"text": ""})
                 if thought := THOUGHT.match(text["text"]):
                     message["reasoning_content"], text["text"] = thought[1], text["text"][thought.end() :]
+                elif "</think>" in text["text"]:
+                    raise ValueError("text before the <think> of an answer, which the chat template leaves out: begin "
+                                     "the answer with <think>")  # fmt: skip
             if turn.get("tool_calls"):
                 message["tool_calls"] = json.loads(turn["tool_calls"])
         kwargs = {**self.template_kwargs, **json.loads(options or "{}"), **kwargs}
-        text = self.tokenizer.apply_chat_template(plain, chat_template=self.chat_template, tokenize=False, **kwargs)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                plain, chat_template=self.chat_template, tokenize=False, **kwargs
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the model's chat template refuses it: {error}") from None
         videos = [p for m in turns for p in m["content"] if p["type"] in ("video", "frames")]
         if self.timing != "text" or not videos or "times" not in videos[0]:
             return text
@@ -2673,9 +2715,10 @@ class Encoder:
         call = {"type": "function", "function": {"name": PROBE, "arguments": {}}}
 
         def rendered(*turns, **kwargs):
+            kwargs = {**self.template_kwargs, **kwargs}
             try:
                 return self.tokenizer.apply_chat_template(
-                    [user, *turns], chat_template=self.chat_template, tokenize=False, **self.template_kwargs, **kwargs
+                    [user, *turns], chat_template=self.chat_template, tokenize=False, **kwargs
                 )
             except Exception:  # a template may raise anything
                 return ""
@@ -2722,11 +2765,15 @@ class Encoder:
         """Tokens of the rendered turns after the text `before`; turns from number `first` on are supervised."""
         text, prefix = self.render(turns, options), self.generation_prefix(options)
         if not text.startswith(before):
-            raise ValueError(
-                f"the chat template opens the answer with {prefix!r}, and writes something else where it is given: "
-                "give answers with thoughts if it thinks, else without (--chat_template_kwargs, enable_thinking)"
-                if prefix else "the chat template writes a prompt otherwise when an answer follows it"
-            )  # fmt: skip
+            if not prefix:
+                raise ValueError("the chat template writes a prompt otherwise when an answer follows it")
+            fix = "give answers with thoughts if it thinks, else without (--chat_template_kwargs, enable_thinking)"
+            if any(turn["role"] == "user" for turn in turns[first:]):
+                fix = "it leaves out the thoughts of answers before the last question: give answers of one turn"
+                if "preserve_thinking" in template_options(self.chat_template):
+                    fix += ", or --chat_template_kwargs '{\"preserve_thinking\": true}'"
+            raise ValueError(f"the chat template opens the answer with {prefix!r}, and writes something else where it "
+                             f"is given: {fix}")  # fmt: skip
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         spans = [match.span(1) for match in ANSWER.finditer(text)]  # no text of a record has control tokens
         if len(spans) != len(answers):
@@ -2841,8 +2888,7 @@ class Encoder:
             runs = self.runs(grids, seconds)
             placeholders = sum(token in self.vision_ids[2:] for token in input_ids)
             if placeholders != len(runs):
-                raise ValueError(f"the chat template has {placeholders} places for {len(runs)} of videos and images: "
-                                 "it leaves out those in assistant turns; put them into user turns")  # fmt: skip
+                raise ValueError(left_out(messages))
         except ValueError as error:
             raise InputError(f"{record_name(record['id'])}: {error}") from None
         pads = [t * h * w // self.merge_size**2 for (t, h, w), _ in runs]

@@ -301,7 +301,9 @@ def _completion(turns, name):
         if any(part["type"] != "text" for part in turn["content"]):
             raise ValueError(f"{name!r}: turn {i} holds a video or image: they belong in the prompt, which both "
                              "answers share")  # fmt: skip
-        if turn["role"] not in (("user", "tool") if i % 2 else ("assistant",)):
+        before = turns[i - 1]["role"] if i else "user"
+        may_follow = {"assistant": ("user", "tool"), "tool": ("assistant", "tool"), "user": ("assistant",)}
+        if before not in may_follow.get(turn["role"], ()):
             raise ValueError(f"{name!r}: turn {i} is of {turn['role']!r}; assistant and user turns must alternate, "
                              "the assistant's first")  # fmt: skip
         if turn["role"] == "assistant" and not mv.says_something(turn):

@@ -282,10 +282,13 @@ def normalize_record(record: dict, where: str) -> dict:
 
 
 def final_answer(text: str) -> str:
-    """What stands between the last <answer> tags, else the text without its <think> part."""
+    """What stands between the last <answer> tags, else the text without its <think> part.
+
+    That part begins with the text where the chat template gives the <think> before it.
+    """
     if found := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
         return found[-1].strip()
-    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+    return re.sub(r"<think>.*?</think>|\A(?:(?!<think>).)*?</think>", "", text, flags=re.DOTALL).strip()
 
 
 def texts_of(completions) -> list[str]:
@@ -579,7 +582,8 @@ def check_sets(args, records, eval_records, encoder: mv.Encoder) -> list:
     return functions
 
 
-GIVEN = ("prompts", "completions", "completion_ids", "reference")  # besides the columns, to every reward function
+# Besides the columns, to every reward function.
+GIVEN = ("prompts", "completions", "completion_ids", "generation_prefix", "reference")
 
 
 def check_parameters(flag: str, source: str, columns: list[str], functions: dict):
@@ -611,8 +615,8 @@ def reward_inputs(groups: list[dict], columns: list[str], texts: bool | None = N
     2U1/Qwen-VL-Series-Finetune gives by that name, the first answer, else the reference: as a message beside lists of
     messages (as there until October 2025), as a text beside texts (as there since).
     """
-    names = [*dict.fromkeys(["reference", *(name for name in columns if name not in GIVEN[:3])])]
-    inputs = {name: [] for name in (*GIVEN[:3], "generation_prefix", *names)}
+    names = [*dict.fromkeys(["reference", *(name for name in columns if name not in GIVEN[:4])])]
+    inputs = {name: [] for name in (*GIVEN[:4], *names)}
     for group in groups:
         record = group["record"]
         own = {"reference": record["reference"], **json.loads(record["columns"])}
@@ -625,6 +629,9 @@ def reward_inputs(groups: list[dict], columns: list[str], texts: bool | None = N
             {"type": "image", "image": part["files"][0]} if part["type"] == "image" else
             {"type": "video", "video": part["files"][0] if part["type"] == "video" else part["files"]}
             for part in turn["content"]]} for turn in record["messages"]]  # fmt: skip
+        for message, turn in zip(turns, record["messages"]):
+            message |= {"reasoning_content": turn["reasoning"]} if turn.get("reasoning") else {}
+            message |= {"tool_calls": json.loads(turn["tool_calls"])} if turn.get("tool_calls") else {}
         for text, ids in zip(group["texts"], group["ids"]):
             inputs["prompts"].append(turns if plain is None else plain)
             inputs["completions"].append(text if own_texts else [{"role": "assistant", "content": text}])

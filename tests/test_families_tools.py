@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import multivideo as mv
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_train import in_process
 
 import train_cls
+import train_dpo
 import train_grpo
 import train_sft
 
@@ -98,8 +100,15 @@ def test_videos_that_the_template_leaves_out(tiny_qwen3_vl, folder):
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": shown}]
     record = train_sft.normalize_record({"id": "seven", "messages": turns}, "record 6")
     encoder = mv.Encoder(tiny_qwen3_vl, arguments(tiny_qwen3_vl))
-    with pytest.raises(mv.InputError, match="record seven: the chat template has 0 places for 2 of videos and images"):
+    with pytest.raises(mv.InputError, match="record seven: the chat template leaves out videos or images in ass"):
         encoder(record, str(folder))
+    system = [{"role": "system", "content": [shown[0]]}, turns[0], {"role": "assistant", "content": "That."}]
+    refused = {"qwen3_vl": "leaves out videos or images in system turns", "qwen3_5_think": "System message cannot"}
+    for template, message in refused.items():
+        encoder.chat_template = real_template(template)
+        with pytest.raises(mv.InputError, match=f"record seven: the .*chat template .*{message}"):
+            encoder(train_sft.normalize_record({"id": "seven", "messages": system}, "record 6"), str(folder))
+    encoder.chat_template = real_template("qwen3_vl")
     check_data._worker.update(encoder=encoder, normalize=train_sft.normalize_record)
     found = check_data.read_record(("record 6", {"id": "seven", "messages": turns}, str(folder)))
     assert "the chat template leaves out videos or images in assistant turns" in found["problem"]
@@ -321,6 +330,150 @@ def test_options_of_the_template_are_checked(folder, tiny_qwen3_5, monkeypatch, 
     for name in ("enable_thinkng", "add_generation_prompt"):
         with pytest.raises(mv.InputError, match=f"the model's chat template does not read {name!r}: remove it"):
             in_process(monkeypatch, *flags, "--chat_template_kwargs", json.dumps({name: True}))
+
+
+def with_template(model, folder, name):
+    """A copy of a model with the chat template of this name."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(real_template(name))
+    return str(folder)
+
+
+def test_values_of_options(tiny_qwen3_5, folder, tmp_path):
+    """What a template would misread or refuse is an error that names it; words of a template are no options."""
+    model = with_template(tiny_qwen3_5, tmp_path / "model", "qwen3_8")
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}]
+    encoder = mv.Encoder(model, arguments(model))
+    for options, message in (
+        ({"enable_thinking": "false"}, "'enable_thinking' must be true or false, got str 'false'"),
+        ({"thinking": False}, "the model's chat template does not read 'thinking'"),  # in its text, though
+        ({"reasoning_effort": "high"}, "chat template refuses it: Unexpected reasoning effort high"),
+    ):
+        with pytest.raises(mv.InputError, match=f"--chat_template_kwargs: .*{message}"):
+            mv.Encoder(model, arguments(model, chat_template_kwargs=json.dumps(options)))
+        row = train_sft.normalize_record({"id": "1", "messages": turns, "chat_template_kwargs": options}, "x")
+        with pytest.raises(ValueError, match=message):
+            mv.check_rendered(row, encoder.template_reads(), encoder.chat_template)
+            encoder(row, str(folder))
+
+
+def test_tools_of_all_records_and_of_one(tiny_qwen3_5, folder):
+    """Those of --chat_template_kwargs go to records without their own."""
+    names = [{"type": "function", "function": {"name": name}} for name in ("of_all", "of_one")]
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5, chat_template_kwargs=json.dumps({"tools": names[:1]})))
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes."}]
+    for own, there, missing in (({}, "of_all", "of_one"), ({"tools": names[1:]}, "of_one", "of_all")):
+        row = train_sft.normalize_record({"messages": turns, **own}, "x")
+        mv.check_rendered(row, encoder.template_reads(), encoder.chat_template)
+        text = encoder.tokenizer.decode(encoder(row, str(folder))["input_ids"])
+        assert there in text and missing not in text
+
+
+def test_nulls_of_calls():
+    """Those of JSON text are the author's; those of objects may be Arrow's."""
+
+    def arguments_of(calls):
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        row = train_sft.normalize_record({"messages": turns}, "x")
+        return json.loads(row["messages"][1]["tool_calls"])[0]["function"]["arguments"]
+
+    value = {"a": None, "b": 1}
+    assert arguments_of([{"name": "f", "arguments": json.dumps(value)}]) == value
+    assert arguments_of(json.dumps([{"name": "f", "arguments": value}])) == value
+    assert arguments_of([{"name": "f", "arguments": value}]) == {"b": 1}
+    assert arguments_of([{"name": "f", "arguments": None}]) == {}
+
+
+@pytest.mark.parametrize("template", ["qwen3_5_think", "qwen3_8"])
+def test_thoughts_within_the_text(tiny_qwen3_5, folder, template):
+    """Also without the <think> that the prompt ends with; text is neither left out nor are there two thoughts."""
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5))
+    encoder.chat_template = real_template(template)
+
+    def learned(text, **fields):
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": text, **fields}]
+        sample = encoder(train_sft.normalize_record({"id": "1", "messages": turns}, "x"), str(folder))
+        return encoder.tokenizer.decode(sample["labels"][sample["labels"] != -100])
+
+    for text in (
+        "<think>So.</think>Yes.",
+        "So.\n</think>\n\nYes.",
+        "\nSo.</think> Yes.",
+        "<think>\nSo.\n</think>\nYes.",
+    ):
+        assert learned(text) == "So.\n</think>\n\nYes.<|im_end|>"
+    with pytest.raises(mv.InputError, match="record 1: text before the <think> of an answer"):
+        learned("Hm. <think>So.</think>Yes.")
+    with pytest.raises(ValueError, match="turn 1: thoughts both in a field and, as <think>, in the text"):
+        learned("<think>So.</think>Yes.", reasoning="So.")
+
+
+def test_pairs_of_several_turns(tiny_qwen3_5, folder):
+    """Results of calls follow one another; where a template rewrites earlier answers, the message says so."""
+    call = {"name": "crop", "arguments": {}}
+    result, answer = {"role": "tool", "content": "1"}, {"role": "assistant", "content": "Yes."}
+    turns = [{"role": "assistant", "content": "", "tool_calls": [call, call]}, result, result, answer]
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5))
+    row = train_dpo.normalize_record({"id": "1", "prompt": "?", "chosen": turns, "rejected": "No."}, "x")
+    sample = encoder(row, str(folder))
+    assert encoder.tokenizer.decode(sample["input_ids"]).count("<tool_response>\n1\n</tool_response>") == 2
+    for wrong in ([result, answer], [answer, answer], [answer, {"role": "user", "content": "?"}, result, answer]):
+        with pytest.raises(ValueError, match="must alternate"):
+            train_dpo.normalize_record({"prompt": "?", "chosen": wrong, "rejected": "No."}, "x")
+    pair = {"chosen": [answer, {"role": "user", "content": "Sure?"}, answer], "rejected": "No."}
+    row = train_dpo.normalize_record({"id": "1", "prompt": "?", **pair}, "x")
+    for template, more in (("qwen3_5_think", "give answers of one turn$"), ("qwen3_6", "or --chat_template_kwargs")):
+        encoder.chat_template = real_template(template)
+        with pytest.raises(mv.InputError, match=f"thoughts of answers before the last question: .*{more}"):
+            encoder(row, str(folder))
+    row["chat_template_kwargs"] = '{"preserve_thinking": true}'
+    assert len(encoder(row, str(folder))["lengths"]) == 3
+
+
+def test_answers_that_begin_otherwise(tiny_qwen3_5):
+    """Counted: learned thoughts after an empty one, and learned answers whose thoughts the template leaves out."""
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5))
+
+    def found(*answers, normalize=train_sft.normalize_record, **options):
+        turns = [turn for answer in answers for turn in ({"role": "user", "content": "?"}, answer)]
+        row = normalize({"messages": turns, "chat_template_kwargs": options}, "x")
+        return check_data.begins_otherwise(row, encoder)
+
+    plain, thinks = ({"role": "assistant", "content": "Yes.", **more} for more in ({}, {"reasoning": "So."}))
+    assert not found(plain) and found(thinks) and not found(thinks, enable_thinking=True)
+    assert found(plain, plain) and not found({**plain, "loss": False}, plain)
+    last = partial(train_sft.normalize_record, train_on="last")
+    assert not found(plain, plain, normalize=last)
+    encoder.chat_template = real_template("qwen3_6")
+    assert found(thinks, thinks) and not found(thinks, thinks, preserve_thinking=True)
+    encoder.chat_template = real_template("qwen3_vl")
+    assert not found(plain, plain)
+
+
+def test_final_answers_behind_given_thoughts():
+    """A thought whose <think> the chat template gives is no part of the answer that rewards compare."""
+    texts = ["Is it 3 or 4?\n</think>\n\n4", "<think>\n3?\n</think>\n\n4", "4", "\n</think>\n\n4"]
+    assert [train_grpo.final_answer(text) for text in texts] == ["4"] * 4
+    assert train_grpo.accuracy_reward(texts, ["4"] * 4) == train_grpo.numeric_reward(texts, ["4"] * 4) == [1.0] * 4
+    assert train_grpo.choice_reward(["A or B? A\n</think>\n\nB"], ["B"]) == [1.0]
+    assert train_grpo.final_answer("So <think>3?</think> 4") == "So  4"
+
+
+def test_rewards_are_given_the_prefix_and_the_calls(tmp_path):
+    """A function may need `generation_prefix`, which no column replaces; prompts have the calls of their turns."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+             {"role": "tool", "content": "1"}]  # fmt: skip
+    record = train_grpo.normalize_record({"prompt": turns, "solution": "4", "generation_prefix": "own"}, "x")
+    path = tmp_path / "rewards.py"
+    path.write_text(
+        "def given(generation_prefix, **_):\n    return [float(p == '<think>') for p in generation_prefix]\n"
+    )
+    functions = train_grpo.load_rewards([f"{path}:given"])
+    train_grpo.check_parameters("data_path", "a.json", ["solution"], functions)
+    group = {"record": record, "texts": ["4"], "ids": [[1]], "generation_prefix": "<think>"}
+    inputs = train_grpo.reward_inputs([group], ["solution", "generation_prefix"])
+    assert inputs["generation_prefix"] == ["<think>"] and inputs["prompts"][0][1]["tool_calls"] == [call]
 
 
 def test_a_model_without_a_chat_template(tiny_model, tmp_path):

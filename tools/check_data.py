@@ -183,8 +183,7 @@ def read_record(item) -> dict:
             (ids, labels), *answers = encoder.tokenize(row["messages"], row.get("completions"), options)
             parts = [part for turn in row["messages"] for part in turn["content"] if part["type"] != "text"]
             if sum(token in encoder.vision_ids[2:] for token in ids) != len(parts):
-                raise ValueError("the chat template leaves out videos or images in assistant turns: put them into "
-                                 "user turns")  # fmt: skip
+                raise ValueError(mv.left_out(row["messages"]))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     except Exception as error:  # whatever it is, it would end a run
@@ -198,6 +197,7 @@ def read_record(item) -> dict:
         "learned": sum(label != -100 for _, part in [(ids, labels), *answers] for label in part),
         "clips": [json.dumps(clip | {"folder": folder}, sort_keys=True) for clip in clips],
         "labels": row.get("label", []), "skips_thinking": skips_thinking(row, encoder),
+        "begins_otherwise": begins_otherwise(row, encoder),
     }  # fmt: skip
 
 
@@ -210,6 +210,20 @@ def skips_thinking(row: dict, encoder) -> bool:
     answers = [turn for turn in turns if turn["role"] == "assistant" and turn["train"] is not False]
     return any(not turn["reasoning"] and not any("</think>" in (part["text"] or "") for part in turn["content"])
                for turn in answers)  # fmt: skip
+
+
+def begins_otherwise(row: dict, encoder) -> bool:
+    """Whether answers are learned that the chat template does not begin as it has the model begin its own."""
+    options = row["chat_template_kwargs"]
+    opened = encoder.generation_prefix(options)
+    for completion in row.get("completions", [[]]) if opened and "label" not in row else []:
+        turns, first = [*row["messages"], *completion], len(row["messages"]) if completion else 0
+        text = encoder.render(turns, options)
+        answers = [(i, turn) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        for (i, turn), answer in zip(answers, mv.ANSWER.finditer(text)):
+            if i >= first and turn["train"] is not False and not answer[1].startswith(opened):
+                return True
+    return False
 
 
 def read_clip(item) -> dict:
@@ -342,7 +356,8 @@ def in_workers(pool, task, items, at_once: int, timeout: float, workers: int):
 
 SCHEMA = """
     CREATE TABLE records (split TEXT, number INTEGER, id TEXT, place TEXT, problem TEXT, text INTEGER, beside INTEGER,
-                          learned INTEGER, skips_thinking INTEGER, PRIMARY KEY (split, number)) WITHOUT ROWID;
+                          learned INTEGER, skips_thinking INTEGER, begins_otherwise INTEGER,
+                          PRIMARY KEY (split, number)) WITHOUT ROWID;
     CREATE TABLE clips (split TEXT, number INTEGER, k INTEGER, clip INTEGER,
                         PRIMARY KEY (split, number, k)) WITHOUT ROWID;
     CREATE TABLE distinct_clips (clip INTEGER PRIMARY KEY, spec TEXT UNIQUE, kind TEXT, path TEXT, real_path TEXT,
@@ -408,8 +423,8 @@ class Findings:
 
     def add_record(self, split: str, number: int, result: dict):
         """The result of read_record."""
-        self("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", split, number,
-             *map(result.get, ("id", "place", "problem", "text", "beside", "learned", "skips_thinking")))  # fmt: skip
+        names = ("id", "place", "problem", "text", "beside", "learned", "skips_thinking", "begins_otherwise")
+        self("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", split, number, *map(result.get, names))
         self.labels.setdefault(split, Counter()).update(result.get("labels", []))
         for k, spec in enumerate(result.get("clips", [])):
             self("INSERT OR IGNORE INTO distinct_clips (spec, kind) VALUES (?, ?)", spec, json.loads(spec)["type"])
@@ -509,6 +524,7 @@ def report_split(found: Findings, split: str, source: str, args, factor: int) ->
         "duplicate_ids": doubles,
         "labels": importlib.import_module("train_cls").describe_labels(labels) if labels else [],
         "skips_thinking": found.one("SELECT COUNT(*) FROM records WHERE split = ? AND skips_thinking", split),
+        "begins_otherwise": found.one("SELECT COUNT(*) FROM records WHERE split = ? AND begins_otherwise", split),
         "unreadable_samples": found.one("SELECT COUNT(*) FROM samples WHERE split = ? AND unreadable", split),
         "distinct_clips": found.one("SELECT COUNT(DISTINCT clip) FROM clips WHERE split = ?", split),
         "shapes": found.listed("frames height width kind clips", "SELECT frames, height, width, kind, COUNT(*) FROM "
@@ -684,6 +700,11 @@ def show(report: dict, first: int):
             line("thinking", f"{split['skips_thinking']:,} records have answers without thoughts, and the chat "
                  "template has the model think: it would learn not to. Give the turns 'reasoning', or give "
                  "--chat_template_kwargs '{\"enable_thinking\": false}'")  # fmt: skip
+        if split["begins_otherwise"]:
+            line("thinking", f"{split['begins_otherwise']:,} records have answers to learn that do not begin as the "
+                 "model is made to begin: with thoughts where it is given an empty one, or before the last question, "
+                 "where the chat template leaves thoughts out. Give --train_on last, or other --chat_template_kwargs "
+                 "(enable_thinking, preserve_thinking)")  # fmt: skip
         if split["unreadable_samples"]:
             line(
                 "incomplete",
