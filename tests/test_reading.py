@@ -95,7 +95,7 @@ def test_varying_rates(timed, kind, suffix, b_frames):
         off = [abs(times[i] - times[shown_at(times, moment)]) for i, moment in zip(indices, moments)]
         assert max(off) <= 40 and sum(gap > 0 for gap in off) <= 1  # containers round by a millisecond
         assert fps == pytest.approx(len(indices) / (end - begin))
-        frames, sampled = mv.load_clip(part, "", mv.TrainingArguments(**PIXELS | {"video_max_pixels": 10**6}), 2)
+        frames, sampled, _ = mv.load_clip(part, "", mv.TrainingArguments(**PIXELS | {"video_max_pixels": 10**6}), 2)
         assert sampled == fps and torch.equal(frames.permute(0, 2, 3, 1), every[indices])
 
 
@@ -103,7 +103,7 @@ def test_a_frame_that_stands_still(timed):
     """Between two frames there is one to be seen, for as long as was asked; after the last one there is none."""
     for suffix in ("mp4", "mkv", "webm"):
         path = timed["dropped", suffix, 0]
-        frames, fps = mv.load_clip(part_of({"video": str(path), "start": 4, "end": 9}), "", ARGS, 2)
+        frames, fps, _ = mv.load_clip(part_of({"video": str(path), "start": 4, "end": 9}), "", ARGS, 2)
         assert len(frames) == 1 and fps == pytest.approx(1 / (5 + 0.16), rel=1e-3)  # 16 s / 100 frames
         assert torch.equal(frames[0].permute(1, 2, 0), in_order(path)[49])
         with pytest.raises(
@@ -267,7 +267,7 @@ def values_of(path):
     height, width = pixels.shape[:2]
     size = {"resized_height": height, "resized_width": width}
     for part in (part_of({"image": str(path), **size}, "image"), part_of({"video": [str(path)] * 2, **size})):
-        frames, _ = mv.load_clip(part, "", ARGS, 1)
+        frames, *_ = mv.load_clip(part, "", ARGS, 1)
         assert np.array_equal(frames[0].permute(1, 2, 0).numpy(), pixels)
     return pixels
 
@@ -423,7 +423,7 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     assert pixels.shape == expected.shape and abs(pixels.astype(int) - expected).max() <= 1
     assert np.array_equal(pixels, np.array(load_image(str(path))))
     part = part_of({"image": str(path)}, "image")
-    assert mv.clip_shape(part, "", ARGS, 28)[1:] == mv.target_size(part, *expected.shape[:2], 1, ARGS, 28)
+    assert mv.clip_shape(part, "", ARGS, 28)[0][1:] == mv.target_size(part, *expected.shape[:2], 1, ARGS, 28)
 
 
 def test_damaged_exif_turns_nothing(tmp_path):
