@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import multivideo as mv
 
 import check_data
 import datasets
+import preview
 import pytest
 import torch
 import transformers
@@ -318,6 +320,15 @@ def test_options_of_the_template_are_checked(folder, tiny_qwen3_5, monkeypatch, 
     for name in ("enable_thinkng", "add_generation_prompt"):
         with pytest.raises(mv.InputError, match=f"the model's chat template does not read {name!r}: remove it"):
             in_process(monkeypatch, *flags, "--chat_template_kwargs", json.dumps({name: True}))
+
+
+def test_preview_refuses_what_training_refuses(tiny_model, folder, tmp_path, monkeypatch):
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes.", "reasoning": "So."}]
+    (tmp_path / "thinks.json").write_text(json.dumps([{"id": "1", "messages": turns}]))
+    argv = ["--model_id", tiny_model, "--data_path", tmp_path / "thinks.json", "--output", tmp_path / "a.png"]
+    monkeypatch.setattr(sys, "argv", ["preview.py", *map(str, argv)])
+    with pytest.raises(mv.InputError, match="record 1: turn 1: field 'reasoning'.*chat template has no place for it"):
+        preview.main()
 
 
 def with_template(model, folder, name):
