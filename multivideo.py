@@ -980,7 +980,10 @@ def template_kwargs(record: dict) -> str | None:
         ValueError: names the field, what was found and what was expected.
     """
     kwargs = _from_json(record, "chat_template_kwargs", dict, "an object")
-    tools = kwargs.pop("tools", None) or _from_json(record, "tools", list, "a list of function definitions")
+    tools = _from_json(record, "tools", list, "a list of function definitions")
+    if tools and kwargs.get("tools"):
+        raise ValueError("fields 'tools' and 'chat_template_kwargs' both have tools: keep one of them")
+    tools = kwargs.pop("tools", None) or tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"field 'tools' must be a list of function definitions, got {_short(tools)}")
     kwargs |= {"tools": tools} if tools else {}

@@ -366,6 +366,8 @@ def test_tools_of_all_records_and_of_one(tiny_qwen3_5, folder):
         mv.check_rendered(row, encoder.template_reads(), encoder.chat_template)
         text = encoder.tokenizer.decode(encoder(row, str(folder))["input_ids"])
         assert there in text and missing not in text
+    with pytest.raises(ValueError, match="'tools' and 'chat_template_kwargs' both have tools"):
+        train_sft.normalize_record({"messages": turns, "tools": names, "chat_template_kwargs": {"tools": names}}, "x")
 
 
 def test_nulls_of_calls():
@@ -464,6 +466,8 @@ def test_rewards_are_given_the_prefix_and_the_calls(tmp_path):
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
              {"role": "tool", "content": "1"}]  # fmt: skip
     record = train_grpo.normalize_record({"prompt": turns, "solution": "4", "generation_prefix": "own"}, "x")
+    with pytest.raises(ValueError, match="x: the first answer calls a tool: write the turns before .* as 'prompt'"):
+        train_grpo.normalize_record({"messages": [*turns, {"role": "assistant", "content": "4"}]}, "x")
     path = tmp_path / "rewards.py"
     path.write_text(
         "def given(generation_prefix, **_):\n    return [float(p == '<think>') for p in generation_prefix]\n"
