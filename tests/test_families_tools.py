@@ -116,6 +116,27 @@ def test_videos_that_the_template_leaves_out(tiny_qwen3_vl, folder):
     assert "the chat template leaves out videos or images in assistant turns" in found["problem"]
 
 
+def test_what_a_template_refuses_is_found_at_the_start(tiny_qwen3_5, tmp_path):
+    """Records that the chat template cannot write are refused before training, all of them; others are read."""
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5))
+    shown, said = [{"type": "video", "video": "a.mp4"}], {"role": "assistant", "content": "Yes."}
+    good = {"messages": [{"role": "user", "content": shown}, said]}
+    bad = {"messages": [{"role": "system", "content": shown}, {"role": "user", "content": "?"}, said]}
+    path = tmp_path / "sft.json"
+    path.write_text(json.dumps([good, bad, good, bad]))
+    with pytest.raises(mv.InputError, match="refuses it: System message cannot contain .*: 2 records, record 1"):
+        mv.load_records(str(path), train_sft.normalize_record, encoder=encoder)
+    pairs = [{"prompt": "?", "chosen": [{**said, "reasoning": "So."}], "rejected": "No."}]
+    path.write_text(json.dumps(pairs))
+    load = partial(mv.load_records, str(path), train_dpo.normalize_record, train_dpo.FEATURES)
+    with pytest.raises(mv.InputError, match="record 0: the chat template opens the answer with"):
+        load(encoder=encoder)
+    thinks = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5, chat_template_kwargs='{"enable_thinking": true}'))
+    assert len(load(encoder=thinks)) == 1
+    with pytest.raises(mv.InputError, match="record 0: the chat template opens the answer with"):
+        load(encoder=encoder)  # not the rows of other options
+
+
 @pytest.mark.parametrize("budget", [None, 120, 60])
 def test_tokens_are_those_of_the_encoder(tiny_qwen3_5, folder, budget):
     """check_data.py's visual tokens, time stamps, all tokens and last position; the budget bounds both kinds."""
