@@ -980,7 +980,10 @@ def template_kwargs(record: dict) -> str | None:
         ValueError: names the field, what was found and what was expected.
     """
     kwargs = _from_json(record, "chat_template_kwargs", dict, "an object")
-    tools = kwargs.pop("tools", None) or _from_json(record, "tools", list, "a list of function definitions")
+    tools = _from_json(record, "tools", list, "a list of function definitions")
+    if tools and kwargs.get("tools"):
+        raise ValueError("fields 'tools' and 'chat_template_kwargs' both have tools: keep one of them")
+    tools = kwargs.pop("tools", None) or tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"field 'tools' must be a list of function definitions, got {_short(tools)}")
     kwargs |= {"tools": tools} if tools else {}
@@ -1722,7 +1725,7 @@ def load_records(
         table.info.description = ", ".join(f"{len(t):,} of {Path(one).name}" for t, one in zip(tables, sources))
         return table
 
-    def rows(source, identity, normalize, template):
+    def rows(source, identity, normalize):
         count, bad, problems = 0, 0, {}  # problem: [its records, the first places]
         for where, record in read_records(source):
             where = name + where
@@ -1732,8 +1735,10 @@ def load_records(
                 if isinstance(record, ValueError):
                     raise ValueError(f"{where}: {record}")
                 row = normalize(record, where)
-                if template:
-                    check_rendered(row, *template)
+                if encoder:
+                    check_rendered(row, encoder.template_reads(), encoder.chat_template)
+                    if encoder.may_be_refused(row):
+                        encoder.tokenize_record(row)
             except ValueError as error:
                 bad += 1
                 problem = str(error).removeprefix(f"{where}: ")
@@ -1765,12 +1770,19 @@ def load_records(
     function = getattr(normalize, "func", normalize)
     sources = project_sources(__file__, inspect.getsourcefile(function) or "")
     code = [sources, inspect.getsource(function), str(getattr(normalize, "keywords", ""))]
-    template = (encoder.template_reads(), encoder.chat_template) if encoder else None
+    template = None
+    if encoder:
+        template = [
+            encoder.template_reads(),
+            encoder.chat_template,
+            encoder.template_kwargs,
+            encoder.args.system_prompt,
+        ]
     key = hashlib.sha256(json.dumps([source, identity, code, str(schema), name, template]).encode()).hexdigest()[:32]
     try:
         return datasets.Dataset.from_generator(
             rows, features=datasets.Features.from_arrow_schema(schema), fingerprint=key,
-            gen_kwargs={"source": source, "identity": key, "normalize": normalize, "template": template},
+            gen_kwargs={"source": source, "identity": key, "normalize": normalize},
         )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
@@ -2738,6 +2750,8 @@ class Encoder:
         if key not in self._of_template:
             question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
             text = self.render(question, options, add_generation_prompt=True)
+            if len(self._of_template) >= 1000:  # records may have tools of their own, long ones
+                self._of_template.clear()
             self._of_template[key] = text.rpartition("<|im_start|>assistant\n")[2]
         return self._of_template[key]
 
@@ -2760,6 +2774,30 @@ class Encoder:
         return [(input_ids, [-100] * len(input_ids))] + [
             self._labelled([*messages, *completion], prompt, len(messages), options) for completion in completions
         ]
+
+    def may_be_refused(self, record: dict) -> bool:
+        """Whether a normal record has what a chat template may refuse or leave out, so that rendering it can fail."""
+        options = record.get("chat_template_kwargs")
+        parts = [(turn["role"], part) for turn in record["messages"] for part in turn["content"]]
+        return bool(
+            options
+            or (record.get("completions") and self.generation_prefix(options))
+            or any(part["type"] != "text" and role != "user" for role, part in parts)
+            or any("</think>" in (part["text"] or "") for _, part in parts)
+        )
+
+    def tokenize_record(self, record: dict) -> list:
+        """What tokenize gives for a normal record, without looking at its files: one pad token per clip.
+
+        Raises:
+            ValueError: the chat template refuses something or leaves out a video or image.
+        """
+        messages = record["messages"]
+        tokenized = self.tokenize(messages, record.get("completions"), record.get("chat_template_kwargs"))
+        clips = sum(part["type"] != "text" for turn in messages for part in turn["content"])
+        if sum(token in self.vision_ids[2:] for token in tokenized[0][0]) != clips:
+            raise ValueError(left_out(messages))
+        return tokenized
 
     def _labelled(self, turns, before, first, options):
         """Tokens of the rendered turns after the text `before`; turns from number `first` on are supervised."""

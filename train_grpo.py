@@ -257,6 +257,9 @@ def normalize_record(record: dict, where: str) -> dict:
         if "assistant" in roles and (reference is None or roles[-1] == "assistant"):
             i = roles.index("assistant")
             answer = "".join(part["text"] or "" for part in row["messages"][i]["content"])
+            if reference is None and row["messages"][i]["tool_calls"]:
+                raise ValueError(f"{where}: the first answer calls a tool: write the turns before the answer as "
+                                 f"'prompt', and the answer into a column such as {REFERENCES[0]!r}")  # fmt: skip
             if reference is None and not answer.strip():
                 raise ValueError(f"{where}: the reference answer is empty: write it or drop the record")
             reference = answer if reference is None else reference

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import multivideo as mv
 
 import check_data
 import datasets
+import preview
 import pytest
 import torch
 import transformers
@@ -112,6 +114,27 @@ def test_videos_that_the_template_leaves_out(tiny_qwen3_vl, folder):
     check_data._worker.update(encoder=encoder, normalize=train_sft.normalize_record)
     found = check_data.read_record(("record 6", {"id": "seven", "messages": turns}, str(folder)))
     assert "the chat template leaves out videos or images in assistant turns" in found["problem"]
+
+
+def test_what_a_template_refuses_is_found_at_the_start(tiny_qwen3_5, tmp_path):
+    """Records that the chat template cannot write are refused before training, all of them; others are read."""
+    encoder = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5))
+    shown, said = [{"type": "video", "video": "a.mp4"}], {"role": "assistant", "content": "Yes."}
+    good = {"messages": [{"role": "user", "content": shown}, said]}
+    bad = {"messages": [{"role": "system", "content": shown}, {"role": "user", "content": "?"}, said]}
+    path = tmp_path / "sft.json"
+    path.write_text(json.dumps([good, bad, good, bad]))
+    with pytest.raises(mv.InputError, match="refuses it: System message cannot contain .*: 2 records, record 1"):
+        mv.load_records(str(path), train_sft.normalize_record, encoder=encoder)
+    pairs = [{"prompt": "?", "chosen": [{**said, "reasoning": "So."}], "rejected": "No."}]
+    path.write_text(json.dumps(pairs))
+    load = partial(mv.load_records, str(path), train_dpo.normalize_record, train_dpo.FEATURES)
+    with pytest.raises(mv.InputError, match="record 0: the chat template opens the answer with"):
+        load(encoder=encoder)
+    thinks = mv.Encoder(tiny_qwen3_5, arguments(tiny_qwen3_5, chat_template_kwargs='{"enable_thinking": true}'))
+    assert len(load(encoder=thinks)) == 1
+    with pytest.raises(mv.InputError, match="record 0: the chat template opens the answer with"):
+        load(encoder=encoder)  # not the rows of other options
 
 
 @pytest.mark.parametrize("budget", [None, 120, 60])
@@ -332,6 +355,15 @@ def test_options_of_the_template_are_checked(folder, tiny_qwen3_5, monkeypatch, 
             in_process(monkeypatch, *flags, "--chat_template_kwargs", json.dumps({name: True}))
 
 
+def test_preview_refuses_what_training_refuses(tiny_model, folder, tmp_path, monkeypatch):
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes.", "reasoning": "So."}]
+    (tmp_path / "thinks.json").write_text(json.dumps([{"id": "1", "messages": turns}]))
+    argv = ["--model_id", tiny_model, "--data_path", tmp_path / "thinks.json", "--output", tmp_path / "a.png"]
+    monkeypatch.setattr(sys, "argv", ["preview.py", *map(str, argv)])
+    with pytest.raises(mv.InputError, match="record 1: turn 1: field 'reasoning'.*chat template has no place for it"):
+        preview.main()
+
+
 def with_template(model, folder, name):
     """A copy of a model with the chat template of this name."""
     shutil.copytree(model, folder)
@@ -367,6 +399,8 @@ def test_tools_of_all_records_and_of_one(tiny_qwen3_5, folder):
         mv.check_rendered(row, encoder.template_reads(), encoder.chat_template)
         text = encoder.tokenizer.decode(encoder(row, str(folder))["input_ids"])
         assert there in text and missing not in text
+    with pytest.raises(ValueError, match="'tools' and 'chat_template_kwargs' both have tools"):
+        train_sft.normalize_record({"messages": turns, "tools": names, "chat_template_kwargs": {"tools": names}}, "x")
 
 
 def test_nulls_of_calls():
@@ -465,6 +499,8 @@ def test_rewards_are_given_the_prefix_and_the_calls(tmp_path):
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
              {"role": "tool", "content": "1"}]  # fmt: skip
     record = train_grpo.normalize_record({"prompt": turns, "solution": "4", "generation_prefix": "own"}, "x")
+    with pytest.raises(ValueError, match="x: the first answer calls a tool: write the turns before .* as 'prompt'"):
+        train_grpo.normalize_record({"messages": [*turns, {"role": "assistant", "content": "4"}]}, "x")
     path = tmp_path / "rewards.py"
     path.write_text(
         "def given(generation_prefix, **_):\n    return [float(p == '<think>') for p in generation_prefix]\n"

@@ -179,11 +179,8 @@ def read_record(item) -> dict:
         encoder, row = _worker["encoder"], _worker["normalize"](record, where)
         try:
             mv.check_rendered(row, encoder.template_reads(), encoder.chat_template)
-            options = row["chat_template_kwargs"]
-            (ids, labels), *answers = encoder.tokenize(row["messages"], row.get("completions"), options)
+            (ids, labels), *answers = encoder.tokenize_record(row)
             parts = [part for turn in row["messages"] for part in turn["content"] if part["type"] != "text"]
-            if sum(token in encoder.vision_ids[2:] for token in ids) != len(parts):
-                raise ValueError(mv.left_out(row["messages"]))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     except Exception as error:  # whatever it is, it would end a run

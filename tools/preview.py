@@ -473,6 +473,10 @@ def main():
         raise mv.InputError(f"--output {own.output}: expected a name that ends in .png or .jpg")
     row = find_record(args.data_path, own, normalizer(own.objective, args))
     encoder = mv.Encoder(args.model_id, args)
+    try:
+        mv.check_rendered(row, encoder.template_reads(), encoder.chat_template)
+    except ValueError as error:
+        raise mv.InputError(f"{mv.record_name(row['id'])}: {error}") from None
     sample = encoder(row, args.image_folder)
     if "input_ids" not in sample:
         why = "; ".join(f"{file}: {reason}" for file, reason in sample["bad"])
