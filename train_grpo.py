@@ -285,12 +285,14 @@ def normalize_record(record: dict, where: str) -> dict:
 
 
 def final_answer(text: str) -> str:
-    """What stands between the last <answer> tags, else the text without its <think> part.
-
-    That part begins with the text where the chat template gives the <think> before it.
-    """
+    """What stands between the last <answer> tags, else the text without its thoughts."""
     if found := re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL):
         return found[-1].strip()
+    return without_thoughts(text)
+
+
+def without_thoughts(text: str) -> str:
+    """The text without its <think> parts; one begins with the text where the chat template gives the <think>."""
     return re.sub(r"<think>.*?</think>|\A(?:(?!<think>).)*?</think>", "", text, flags=re.DOTALL).strip()
 
 

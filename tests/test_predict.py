@@ -460,6 +460,9 @@ def test_metrics():
     # words in common, in order: 3 of 3, 1 of 1, none, 62 against 65: none, none
     assert told["rouge_l"] == pytest.approx((1 + 1 + 0 + 0 + 0) / 5)
     assert predict.metrics_of(rows[-2:]) == {"records": 2, "errors": 1}
+    thought = {"prediction": "A valve, 40 of them.\n</think>\n\nOpen.", "reference": "<think>So.</think>Open."}
+    told = predict.metrics_of([thought])
+    assert (told["exact_match"], told["normalized_match"], told["rouge_l"]) == (1, 1, 1)
 
 
 def test_flags_of_the_run(tmp_path, capsys):

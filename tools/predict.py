@@ -315,10 +315,12 @@ def metrics_of(rows: list[dict]) -> dict:
     exact_match: the same text; normalized_match: but for case, spaces and outer punctuation (train_grpo's accuracy);
     choice_accuracy: references that name a letter; numeric_mae: references that are a number, with or without a unit,
     against the answer's last number (answers without one are counted in numeric_missing); rouge_l: F1 of words.
+    Thoughts (<think>…</think>) are not compared.
     """
     answered = [row for row in rows if "prediction" in row]
     told = {"records": len(rows), "errors": len(rows) - len(answered)}
-    pairs = [(row["prediction"], row["reference"]) for row in answered if row["reference"] is not None]
+    pairs = [(train_grpo.without_thoughts(row["prediction"]), train_grpo.without_thoughts(row["reference"]))
+             for row in answered if row["reference"] is not None]  # fmt: skip
     if not pairs:
         return told
     texts, references = zip(*pairs)
@@ -326,7 +328,7 @@ def metrics_of(rows: list[dict]) -> dict:
 
     scorer = RougeScorer(["rougeL"])
     found = {
-        "exact_match": [float(text.strip() == reference.strip()) for text, reference in pairs],
+        "exact_match": [float(text == reference) for text, reference in pairs],
         "normalized_match": train_grpo.accuracy_reward(texts, references),
         "choice_accuracy": train_grpo.choice_reward(texts, references),
         "rouge_l": [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs],
