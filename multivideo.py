@@ -1380,6 +1380,8 @@ def normalize_turn(turn: dict, i: int, options: dict | None = None) -> dict:
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             mend = "put numbers in quotes" if isinstance(text, (int, float)) else "write the text or drop the turn"
+            if isinstance(part, dict) and "text" not in part:
+                text, mend = part, "give an object as its JSON text"
             raise ValueError(f"turn {i}: {text_key!r} must be text, got {_short(text)}: {mend}")
         _check_text(text, i)
         if ROLES[role] != "assistant" and re.search(r"(?<!\\)<audio>", text):

@@ -516,6 +516,8 @@ BAD_RECORDS = {
                             "turn 1: field 'tool_calls': a call must have a name and arguments, got dict"),
     "arguments as a list": ({"messages": [ASKED, {**ANSWERED, "tool_calls": [
                             {"name": "look", "arguments": [1]}]}]}, "field 'arguments' must be an object"),
+    "a result as an object": ({"messages": [ASKED, ANSWERED, {"role": "tool", "content": {"open": True}}, ANSWERED]},
+                              "turn 2: 'content' must be text, got dict {'open': True}: give an object as its JSON"),
     "the user calls": ({"messages": [{**ASKED, "tool_calls": [{"name": "x"}]}, ANSWERED]},
                        "turn 0: field 'tool_calls' on a user turn: only the assistant calls tools"),
     "tools as words": (trl(tools="look"), "field 'tools' must be a list of function definitions"),
