@@ -5401,8 +5401,9 @@ def describe_run(
     recurrent = "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
     missing = [package for package, module in FAST_RECURRENCE.items() if importlib.util.find_spec(module) is None]
     if torch.cuda.is_available() and recurrent and missing:
-        notes.append(f"{' and '.join(missing)} not installed: recurrent layers are loops over 64 tokens at a time in "
-                     f"plain torch; pip install {' '.join(missing)}")  # fmt: skip
+        notes.append(f"{' and '.join(missing)} not installed: recurrent layers are loops in plain torch, some 42 "
+                     "launches per layer for every 64 tokens (counted): expect a second or more per row of 16,000 "
+                     f"tokens; pip install {' '.join(missing)}")  # fmt: skip
     for note in notes:
         say(f"  note       {note}")
     for flag in ("model_id", "lora_weight_path"):
