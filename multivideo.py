@@ -2527,26 +2527,33 @@ def frame_list_times(count: int, fps: float) -> list[float]:
 
 
 def clip_shape(part: dict, folder: str, args, factor: int, cache: VideoCache | None = None):
-    """`((frames, height, width), times)` that load_clip would give without a limit, decoding one frame at most."""
+    """`((frames, height, width), sampled_fps, times)` as of load_clip without a limit, decoding one frame at most."""
     paths = [resolve_path(path, folder) for path in part["files"]]
     if part["type"] != "video":
         width, height = read_image(paths[0]).size
-        times = frame_list_times(len(paths), part["fps"] or args.fps)
-        return (len(paths), *target_size(part, height, width, len(paths), args, factor)), times
+        fps = part["fps"] or args.fps
+        shape = len(paths), *target_size(part, height, width, len(paths), args, factor)
+        return shape, fps, frame_list_times(len(paths), fps)
     info = cache and cache.info(cache.identity(paths[0]))
     if not info:
         info = video_info(paths[0])
     try:
-        indices, _ = sample_frames(part, info.num_frames, info.fps, args, times=info.times)
+        indices, sampled_fps = sample_frames(part, info.num_frames, info.fps, args, times=info.times)
     except ValueError as error:
         raise BadFile(paths[0], str(error)) from None
     size = target_size(part, info.height, info.width, len(indices), args, factor)
-    return (len(indices), *size), info.shown_at(indices)
+    return (len(indices), *size), sampled_fps, info.shown_at(indices)
 
 
 def visual_tokens(frames: int, height: int, width: int, factor: int) -> int:
     """Tokens of one clip: temporal patches × merged patches per frame."""
     return math.ceil(frames / FRAME_FACTOR) * (height // factor) * (width // factor)
+
+
+def budgeted_tokens(shapes: list[tuple[int, int, int]], factor: int, time_tokens: list[int]) -> int:
+    """What --max_video_tokens bounds: visual tokens of (frames, height, width), `time_tokens` per temporal patch."""
+    return sum(visual_tokens(*shape, factor) + math.ceil(shape[0] / FRAME_FACTOR) * beside
+               for shape, beside in zip(shapes, time_tokens))  # fmt: skip
 
 
 def fit_video_tokens(
@@ -2571,8 +2578,7 @@ def fit_video_tokens(
                 for f, h, w in at_size(0)]  # fmt: skip
 
     def total(shapes):
-        visual = sum(visual_tokens(*shape, factor) for shape in shapes)
-        return visual + sum(math.ceil(f / FRAME_FACTOR) * n for (f, _, _), n in zip(shapes, time_tokens or ()))
+        return budgeted_tokens(shapes, factor, time_tokens or [0] * len(shapes))
 
     for shrink in (at_size, at_frames):
         if total(shrink(1)) <= budget:
@@ -2788,16 +2794,17 @@ class Encoder:
             or any("</think>" in (part["text"] or "") for _, part in parts)
         )
 
-    def tokenize_record(self, record: dict) -> list:
-        """What tokenize gives for a normal record, without looking at its files: one pad token per clip.
+    def tokenize_record(self, record: dict, places: int | None = None) -> list:
+        """What tokenize gives for a normal record. `places`: its pad tokens; without its files, one per clip.
 
         Raises:
             ValueError: the chat template refuses something or leaves out a video or image.
         """
         messages = record["messages"]
         tokenized = self.tokenize(messages, record.get("completions"), record.get("chat_template_kwargs"))
-        clips = sum(part["type"] != "text" for turn in messages for part in turn["content"])
-        if sum(token in self.vision_ids[2:] for token in tokenized[0][0]) != clips:
+        if places is None:
+            places = sum(part["type"] != "text" for turn in messages for part in turn["content"])
+        if sum(token in self.vision_ids[2:] for token in tokenized[0][0]) != places:
             raise ValueError(left_out(messages))
         return tokenized
 
@@ -2861,7 +2868,7 @@ class Encoder:
         if self.args.max_video_tokens and parts:
             limits = [attempt(clip_shape, part) for part in parts]
             good = [i for i, limit in enumerate(limits) if not isinstance(limit, BadFile)]
-            shapes, times = zip(*[limits[i] for i in good]) if good else ((), ())
+            shapes, _, times = zip(*[limits[i] for i in good]) if good else ((), (), ())
             time_tokens = [0 if parts[i]["type"] == "image" else self.time_tokens(t) for i, t in zip(good, times)]
             fitted = fit_video_tokens(list(shapes), self.args.max_video_tokens, self.factor, time_tokens)
             shrunk = fitted != list(shapes)
@@ -2918,17 +2925,12 @@ class Encoder:
             messages = [{**m, "content": [part for part in m["content"] if id(part) not in gone]} for m in messages]
             parts, clips = zip(*[(p, clip) for p, clip in zip(parts, clips) if not isinstance(clip, BadFile)])
         patches, grids, seconds, times = zip(*clips) if clips else ((), (), (), ())
-        shown = {id(part): seconds for part, seconds in zip(parts, times)}
+        shown = {id(part): moments for part, moments in zip(parts, times)}
         messages = [{**m, "content": [{**part, "times": shown.get(id(part))} for part in m["content"]]}
                     for m in messages]  # fmt: skip
+        runs = self.runs(grids, seconds)
         try:
-            (input_ids, labels), *suffixes = self.tokenize(
-                messages, record.get("completions"), record.get("chat_template_kwargs")
-            )
-            runs = self.runs(grids, seconds)
-            placeholders = sum(token in self.vision_ids[2:] for token in input_ids)
-            if placeholders != len(runs):
-                raise ValueError(left_out(messages))
+            (input_ids, labels), *suffixes = self.tokenize_record({**record, "messages": messages}, len(runs))
         except ValueError as error:
             raise InputError(f"{record_name(record['id'])}: {error}") from None
         pads = [t * h * w // self.merge_size**2 for (t, h, w), _ in runs]
@@ -2969,16 +2971,10 @@ class Encoder:
         parts = [part for message in record["messages"] for part in message["content"] if part["type"] != "text"]
         shapes, seconds, times = [], [], []  # seconds: of whole clips
         for part in parts:
-            if part["type"] == "video":
-                info = self.cache and self.cache.info(self.cache.identity(resolve_path(part["files"][0], folder)))
-                if not info:
-                    return None
-                indices, rate = sample_frames(part, info.num_frames, info.fps, self.args, times=info.times)
-                size = target_size(part, info.height, info.width, len(indices), self.args, self.factor)
-                shape, shown = (len(indices), *size), info.shown_at(indices)
-            else:
-                shape, shown = clip_shape(part, folder, self.args, self.factor)
-                rate = part["fps"] or self.args.fps
+            path = part["type"] == "video" and resolve_path(part["files"][0], folder)
+            if path and not (self.cache and self.cache.info(self.cache.identity(path))):
+                return None
+            shape, rate, shown = clip_shape(part, folder, self.args, self.factor, self.cache)
             shapes.append(shape)
             times.append([] if part["type"] == "image" else shown)
             seconds.append(shape[0] / rate)
@@ -2987,9 +2983,7 @@ class Encoder:
             shapes = fit_video_tokens(shapes, budget, self.factor, time_tokens)
         taken = sum(self.positions_taken(shape, FRAME_FACTOR * whole / shape[0], beside)
                     for shape, whole, beside in zip(shapes, seconds, time_tokens))  # fmt: skip
-        (input_ids, _), *suffixes = self.tokenize(
-            record["messages"], record.get("completions"), record.get("chat_template_kwargs")
-        )
+        (input_ids, _), *suffixes = self.tokenize_record(record)
         text = len(input_ids) - len(parts) + max((len(suffix) for suffix, _ in suffixes), default=0)
         return taken + text - 1
 
@@ -3411,6 +3405,11 @@ class PackedRecurrence:
         if held is not None:
             set_recurrent_states(held, shared.conv, shared.recurrent)
         return torch.cat(outputs)[places][None]
+
+
+def recurrent_layers(text_config) -> int:
+    """How many of a language model's layers are recurrent."""
+    return (getattr(text_config, "layer_types", None) or []).count("linear_attention")
 
 
 def set_recurrent_states(layer, conv: torch.Tensor, recurrent: torch.Tensor):
@@ -5398,9 +5397,8 @@ def describe_run(
         enough = math.ceil(ROW_TOKENS / first["num_tokens"])
         notes.append(f"rows of about {row_tokens:,} tokens keep a GPU waiting: give --per_device_train_batch_size "
                      f"{enough} and fewer --gradient_accumulation_steps")  # fmt: skip
-    recurrent = "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or [])
     missing = [package for package, module in FAST_RECURRENCE.items() if importlib.util.find_spec(module) is None]
-    if torch.cuda.is_available() and recurrent and missing:
+    if torch.cuda.is_available() and missing and recurrent_layers(model.config.get_text_config()):
         notes.append(f"{' and '.join(missing)} not installed: recurrent layers are loops in plain torch, some 42 "
                      "launches per layer for every 64 tokens (counted): expect a second or more per row of 16,000 "
                      f"tokens; pip install {' '.join(missing)}")  # fmt: skip

@@ -728,10 +728,9 @@ def sample_tokens(scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 def cache_bytes(config) -> tuple[int, int]:
     """fp32 bytes that decoding keeps: of each token, keys and values; of each completion, recurrent states."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    recurrent = kinds.count("linear_attention")
+    recurrent = mv.recurrent_layers(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 4 * 2 * (len(kinds) - recurrent) * config.num_key_value_heads * head_dim
+    token = 4 * 2 * (config.num_hidden_layers - recurrent) * config.num_key_value_heads * head_dim
     if not recurrent:
         return token, 0
     keys = config.linear_num_key_heads * config.linear_key_head_dim

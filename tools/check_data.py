@@ -476,12 +476,13 @@ class Findings:
                 self("UPDATE samples SET problem = ? WHERE split = ? AND number = ?", str(error), split, number)
                 continue
             visual = sum(mv.visual_tokens(*shape, factor) for shape in fitted)
-            bound = [math.ceil(shape[0] / mv.FRAME_FACTOR) * own for shape, own in zip(fitted, beside)]
-            stamps = [clip[3] if clip[0] == shape[0] else most for clip, shape, most in zip(clips, fitted, bound)]
+            bound = mv.budgeted_tokens(fitted, factor, beside)
+            stamps = sum(clip[3] if clip[0] == shape[0] else math.ceil(shape[0] / mv.FRAME_FACTOR) * clip[4]
+                         for clip, shape in zip(clips, fitted))  # fmt: skip
             positions = sum(self.encoder.positions_taken(shape, seconds * frames / shape[0])
                             for shape, (frames, *_, seconds) in zip(fitted, clips))  # fmt: skip
             self("UPDATE samples SET fitted = ?, visual = ?, stamps = ?, positions = ? WHERE split = ? AND number = ?",
-                 visual + sum(bound), visual, sum(stamps), positions + sum(stamps), split, number)  # fmt: skip
+                 bound, visual, stamps, positions + stamps, split, number)  # fmt: skip
             rows = [(split, number, k, *shape) for k, shape in enumerate(fitted)]
             self.db.executemany("INSERT INTO shrunk VALUES (?, ?, ?, ?, ?, ?)", rows)
 
@@ -553,8 +554,7 @@ def report_budget(found: Findings, split: str, args, factor: int) -> dict:
         for budget in sorted({most * 3 // 4, most // 2, most // 4}, reverse=True):
             with contextlib.suppress(ValueError):  # less than a token for each
                 fitted = mv.fit_video_tokens(shapes, budget, factor, beside)
-                after = sum(mv.visual_tokens(*shape, factor) + own * math.ceil(shape[0] / mv.FRAME_FACTOR)
-                            for shape, own in zip(fitted, beside))  # fmt: skip
+                after = mv.budgeted_tokens(fitted, factor, beside)
                 result["would"].append({"limit": budget, "shrunk": int((whole > budget).sum()),
                                         "largest_before": most, "largest_after": after,
                                         "first_clip_of_largest": [shapes[0], fitted[0]]})  # fmt: skip

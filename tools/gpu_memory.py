@@ -114,7 +114,7 @@ class MemoryModel:
         if args.lora_enable:
             model = mv.add_adapter(model, trained, args)
         self.model = model
-        self.recurrent = "linear_attention" in (getattr(self.config.get_text_config(), "layer_types", None) or ())
+        self.recurrent = mv.recurrent_layers(self.config.get_text_config()) > 0
         self.trained = self.trained_llm = self.frozen = self.quantized = self.cast = 0
         self.trained_head = self.trained_embeddings = 0  # those tied to the head are in the former
         self.largest_quantized, self.largest = 0, max(parameter.numel() for parameter in model.parameters())

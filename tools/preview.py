@@ -99,7 +99,7 @@ def read_clips(row: dict, sample: dict, encoder, folder: str, args) -> list[dict
             total, fps = info.num_frames, info.fps
             indices, _ = mv.sample_frames(part, total, fps, args, 2 * t, info.times)
             assert -(-len(indices) // 2) == t, f"{part['files'][0]}: {len(indices)} frames by its container, {t} pairs"
-            clip["times"] = [info.times[index] if info.times else index / fps for index in indices]
+            clip["times"] = info.shown_at(indices)
             clip["source"] = f"{total} frames, {fps:.4g} fps, {total / fps:.4g} s"
         elif part["type"] == "frames":
             taken = torch.linspace(0, len(part["files"]) - 1, min(2 * t, len(part["files"]))).round().tolist()
